@@ -1,0 +1,77 @@
+"""What can go wrong, by who can put it right. Rendered once, in `api.errors` and `protocols`.
+
+MLXManagerError
+├── RequestError              the client can: ask differently
+│   ├── InvalidField          a value is wrong, or a field cannot be honoured
+│   ├── ContextTooLong        the prompt leaves no room for one token
+│   └── ModelNotFound         nothing here answers to that name
+├── BackendError              another backend can, or the same one later
+│   ├── Overloaded            too many wait already, or the server is draining
+│   ├── ModelLoadFailed       the model is there and would not load
+│   └── TimedOut              it took longer than it may
+└── EngineFault               we have to: the engine failed while it served this request
+"""
+
+from collections.abc import Sequence
+
+
+class MLXManagerError(Exception):
+    """Its text is meant for the client: it names what is wrong and no path, address or class of ours."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class RequestError(MLXManagerError):
+    pass
+
+
+class InvalidField(RequestError):
+    """`param` is the path as the client wrote it (`messages[2].content`); `code` is the OpenAI code for it."""
+
+    def __init__(self, message: str, *, param: str | None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ContextTooLong(RequestError):
+    def __init__(self, *, limit: int, tokens: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} tokens. "
+            "Please reduce the length of the messages."
+        )
+        self.limit = limit
+        self.tokens = tokens
+
+
+class ModelNotFound(RequestError):
+    def __init__(self, model: str, available: Sequence[str]) -> None:
+        names = ", ".join(available)
+        super().__init__(
+            f"The model '{model}' does not exist here. " + (f"Available models: {names}." if names else "There are no models yet.")
+        )
+        self.model = model
+
+
+class BackendError(MLXManagerError):
+    pass
+
+
+class Overloaded(BackendError):
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ModelLoadFailed(BackendError):
+    pass
+
+
+class TimedOut(BackendError):
+    pass
+
+
+class EngineFault(MLXManagerError):
+    pass

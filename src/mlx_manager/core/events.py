@@ -1,0 +1,145 @@
+"""What happens while a reply is made. Every stream is `Started`, any number of deltas, a `ChoiceFinished` for each choice,
+and exactly one `Finished`; or it ends in an exception of `core.errors`. Silence is never an end."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "stop_string", "length", "context_full", "tool_calls"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one token under the model's own distribution (before temperature and filters).
+    `top` holds the likeliest tokens, best first."""
+
+    token: str
+    token_bytes: bytes
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request is understood and fits; slow work begins. `prompt_tokens` counts all its prompts."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    text: str
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    text: str
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """`index` numbers the calls of one choice from 0."""
+
+    index: int
+    id: str
+    name: str
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """The next piece of a call's arguments; the pieces join to one JSON object."""
+
+    index: int
+    arguments: str
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    """`stop_string` is the one that matched, when that was the reason."""
+
+    reason: FinishReason
+    choice: int = 0
+    stop_string: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens. `cached` are those of the prompt whose keys and values were already there; `reasoning` is part of `completion`."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    reasoning: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When the first sequence of a request got through each stage: seconds of `time.monotonic()`; None where it never did."""
+
+    submitted: float
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    usage: Usage
+    timing: Timing | None = None
+
+
+Event = Started | TextDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | ChoiceFinished | Finished
+
+
+@dataclass(slots=True)
+class CollectedCall:
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class Choice:
+    """One whole reply, as `collect` puts it together. `None` text means that nothing was said, not that "" was."""
+
+    text: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[CollectedCall] = field(default_factory=list[CollectedCall])
+    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    finish: ChoiceFinished | None = None
+
+
+@dataclass(slots=True)
+class Reply:
+    choices: list[Choice]
+    usage: Usage
+
+
+async def collect(events: AsyncIterator[Event], num_choices: int = 1) -> Reply:
+    """The whole reply that a stream tells piece by piece."""
+    reply = Reply([Choice() for _ in range(num_choices)], Usage())
+    async for event in events:
+        match event:
+            case Started():
+                pass
+            case TextDelta(text, choice, logprobs):
+                target = reply.choices[choice]
+                target.text = (target.text or "") + text
+                target.logprobs.extend(logprobs)
+            case ReasoningDelta(text, choice):
+                target = reply.choices[choice]
+                target.reasoning = (target.reasoning or "") + text
+            case ToolCallStart(_, call_id, name, choice):
+                reply.choices[choice].tool_calls.append(CollectedCall(call_id, name))
+            case ToolCallDelta(index, arguments, choice):
+                reply.choices[choice].tool_calls[index].arguments += arguments
+            case ChoiceFinished(_, choice):
+                reply.choices[choice].finish = event
+            case Finished(usage):
+                reply.usage = usage
+    return reply

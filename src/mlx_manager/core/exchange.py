@@ -1,0 +1,25 @@
+"""What happened to one request, told once, at its end, to whoever keeps count (metrics, spans; later the audit log)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_manager.core.events import Timing, Usage
+
+Outcome = Literal["ok", "client_error", "server_error", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """`backend` is None when nobody got to answer. `duration_s` runs from the gateway's first look to the last event."""
+
+    model: str
+    backend: str | None
+    outcome: Outcome
+    duration_s: float
+    usage: Usage
+    timing: Timing | None = None
+    error: str | None = None
+
+
+ExchangeListener = Callable[[Exchange], None]

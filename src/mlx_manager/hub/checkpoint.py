@@ -1,0 +1,196 @@
+"""What a model folder holds, from its JSON and the headers of its weights. Nothing is loaded, and no code of the folder's runs."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from mlx_manager.hub.safetensors import BadHeader, Tensor, read_header
+
+Kind = Literal["text", "vision", "embedding", "unsupported"]
+
+ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+MAX_ID_LENGTH = 256
+MAX_JSON_BYTES = 100_000_000
+CODE_KEYS = ("auto_map", "model_file")
+"""Keys of config.json that name Python files to import."""
+ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "modernbert", "nomic_bert"})
+SAME_ARCHITECTURE = {
+    "mistral": "llama",
+    "phi-msft": "phixtral",
+    "falcon_mamba": "mamba",
+    "kimi_k2": "deepseek_v3",
+    "minimax_m2": "minimax",
+    "iquestcoder": "llama",
+    "gemma4_unified": "gemma4",
+}
+"""Model types that mlx-lm serves with another one's module: the text models of its `MODEL_REMAPPING`, which is not read because
+importing mlx-lm imports MLX. A type missing here is shown as unsupported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model folder that can be used, or that only lacks a program for its architecture (`unsupported`)."""
+
+    id: str
+    path: Path
+    kind: Kind
+    architecture: str
+    """`model_type` of config.json."""
+    context_length: int | None
+    """Tokens; None where the folder does not say."""
+    size_bytes: int
+    """Of the weight files."""
+    quantization_bits: int | None
+    """Of most weights; None if they are not quantised."""
+    num_parameters: int
+    """From the shapes, quantised weights unpacked: an estimate."""
+    created: int
+    """Unix time of config.json."""
+
+
+class Unusable(Exception):
+    """A verdict on a folder: why it cannot be used, without its path."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def is_valid_id(model_id: str) -> bool:
+    return len(model_id) <= MAX_ID_LENGTH and ".." not in model_id and ID.fullmatch(model_id) is not None
+
+
+def read(path: Path, id: str) -> Checkpoint:
+    """The checkpoint in a folder, whose file names and contents are not trusted. Raises Unusable."""
+    if not is_valid_id(id):
+        raise Unusable("its name may hold letters, digits, '.', '_' and '-' only, and begins with a letter or digit")
+    try:
+        return _read(path, id)
+    except OSError as error:
+        raise Unusable(f"{Path(error.filename or path).name}: {error.strerror}") from error
+
+
+def _read(path: Path, id: str) -> Checkpoint:
+    config = _read_json(path / "config.json")
+    if config is None:
+        raise Unusable("it has no config.json")
+    for key in CODE_KEYS:
+        if key in config:
+            raise Unusable(f"it brings code of its own ({key} in config.json), which is never run")
+    architecture = config.get("model_type")
+    if not isinstance(architecture, str):
+        raise Unusable("config.json names no model_type")
+    files = _weight_files(path)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= read_header(file)
+        except BadHeader as error:
+            raise Unusable(f"{file.name}: {error}") from error
+    quantization = _quantization(config)
+    return Checkpoint(
+        id=id,
+        path=path,
+        kind=_kind(config, architecture, tensors, is_sentence_transformer=(path / "modules.json").is_file()),
+        architecture=architecture,
+        context_length=_context_length(config, _read_json(path / "tokenizer_config.json") or {}),
+        size_bytes=sum(file.stat().st_size for file in files),
+        quantization_bits=_positive(quantization.get("bits")),
+        num_parameters=_num_parameters(tensors, quantization),
+        created=int((path / "config.json").stat().st_mtime),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if there is no such file. A pipe or a device is not opened: reading it might never end."""
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise Unusable(f"{path.name} is too large")
+    try:
+        value: object = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{path.name} is not JSON") from error
+    if not isinstance(value, dict):
+        raise Unusable(f"{path.name} is not an object")
+    return cast(dict[str, Any], value)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """`model*.safetensors`, which is what loaders read, once all are there: by the index or, since a download may stop
+    before it, by the numbers in their names."""
+    files = {file.name: file for file in sorted(path.glob("model*.safetensors")) if file.is_file()}
+    index = _read_json(path / "model.safetensors.index.json") or {}
+    weight_map = _object(index.get("weight_map"))
+    expected = {str(name) for name in weight_map.values()}
+    if not expected:
+        series = {numbers.groups() for name in files if (numbers := re.fullmatch(r"(.*-)\d{5}-of-(\d{5})\.safetensors", name))}
+        expected = {f"{start}{shard:05d}-of-{last}.safetensors" for start, last in series for shard in range(1, int(last) + 1)}
+    if missing := sorted(expected - files.keys()):
+        raise Unusable(f"it is incomplete: {missing[0][:100]!r} is missing ({len(missing)} of {len(expected)} files)")
+    if not files:
+        raise Unusable("it has no weights (model*.safetensors)")
+    return list(files.values())
+
+
+def _kind(config: Mapping[str, Any], architecture: str, tensors: Mapping[str, Tensor], *, is_sentence_transformer: bool) -> Kind:
+    """Vision before text: families such as gemma3 and mistral3 are served by mlx-lm too, without their eyes. An image token alone
+    does not make a vision model, since a text model cut out of one keeps it."""
+    has_image_token = "image_token_id" in config or "image_token_index" in config
+    if isinstance(config.get("vision_config"), dict) or (has_image_token and any("vision" in n or "visual" in n for n in tensors)):
+        return "vision"
+    architectures = config.get("architectures")
+    is_headless = isinstance(architectures, list) and all(str(name).endswith("Model") for name in cast(list[object], architectures))
+    if architecture in ENCODERS or (is_headless and is_sentence_transformer):
+        return "embedding"
+    return "text" if _mlx_lm_has(SAME_ARCHITECTURE.get(architecture, architecture)) else "unsupported"
+
+
+def _mlx_lm_has(architecture: str) -> bool:
+    """Whether mlx-lm brings a module of that name. Its files are looked at: importing it, or finding a submodule, imports MLX."""
+    spec = importlib.util.find_spec("mlx_lm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folders = [Path(folder) / "models" for folder in spec.submodule_search_locations]
+    return re.fullmatch(r"[\w.-]+", architecture) is not None and any((folder / f"{architecture}.py").is_file() for folder in folders)
+
+
+def _context_length(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int | None:
+    """The model's positions or, if less, what its tokenizer says; tokenizers without a limit say 1e30."""
+    positions = _positive(config.get("max_position_embeddings"))
+    if positions is None:
+        positions = _positive(_object(config.get("text_config")).get("max_position_embeddings"))
+    limit = _positive(tokenizer_config.get("model_max_length"))
+    known = [length for length in (positions, limit) if length is not None and length < 1_000_000_000]
+    return min(known, default=None)
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """MLX's own entry, else the one other tools write: {"bits", "group_size", <module>: {"bits"}}."""
+    return _object(config.get("quantization")) or _object(config.get("quantization_config"))
+
+
+def _num_parameters(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> int:
+    """Quantised weights are packed into 32-bit words beside their scales and biases, which are no parameters."""
+    total = 0
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        is_packed = f"{module}.scales" in tensors
+        if not is_packed:
+            total += tensor.num_elements
+        elif part == "weight":
+            bits = _positive(_object(quantization.get(module)).get("bits")) or _positive(quantization.get("bits")) or 32
+            total += tensor.num_elements * 32 // bits
+    return total
+
+
+def _object(value: object) -> dict[str, Any]:
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+
+
+def _positive(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

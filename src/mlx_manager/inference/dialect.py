@@ -1,0 +1,123 @@
+"""How a model reads and writes: tokenizer, template, family, defaults. Needs its configuration, not its weights."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mlx_manager.core.errors import ContextTooLong, InvalidField
+from mlx_manager.core.requests import Conversation, GenerationRequest, Sampling
+from mlx_manager.inference.engine.sequence import SequenceSpec, TokenSampling
+from mlx_manager.inference.families.family import Family
+from mlx_manager.inference.families.prompt import PromptRenderer, Rendered, Tokenizer
+from mlx_manager.inference.reply import ReplyReader
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request as the engine takes it: `specs` and `rendered` have one entry for each choice, in their order.
+    `room` is what the context leaves for each choice's reply, in tokens."""
+
+    request: GenerationRequest
+    specs: tuple[SequenceSpec, ...]
+    rendered: tuple[Rendered, ...]
+    room: tuple[int, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """`context_length` and `vocab_size` in tokens; `defaults` is generation_config.json, {} where there is none."""
+
+    tokenizer: Tokenizer
+    family: Family
+    context_length: int
+    vocab_size: int
+    stop_tokens: frozenset[int]
+    defaults: Mapping[str, Any]
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Renders the prompts and resolves what the client left open. Raises `InvalidField` and `ContextTooLong`."""
+        renderer = PromptRenderer(self.tokenizer, self.family)
+        specs: list[SequenceSpec] = []
+        rendered: list[Rendered] = []
+        room: list[int] = []
+        prompt_tokens = 0
+        for prompt in request.prompts:
+            result = renderer.render(prompt)
+            self._check_tokens(result.tokens)
+            prompt_tokens += len(result.tokens)
+            left = self.context_length - len(result.tokens)
+            if left < 1:
+                raise ContextTooLong(limit=self.context_length, tokens=len(result.tokens))
+            for reply in range(request.num_replies):
+                rendered.append(result)
+                room.append(left)
+                specs.append(
+                    SequenceSpec(
+                        prompt=result.tokens,
+                        max_tokens=left if request.max_tokens is None else min(request.max_tokens, left),
+                        sampling=self._resolve(request.sampling, reply),
+                        stop_tokens=self.stop_tokens,
+                        num_top_logprobs=request.num_top_logprobs,
+                    )
+                )
+        return Prepared(request, tuple(specs), tuple(rendered), tuple(room), prompt_tokens)
+
+    def reader(self, prepared: Prepared, choice: int) -> ReplyReader:
+        """What turns the tokens of a choice into events."""
+        request = prepared.request
+        prompt = request.prompts[choice // request.num_replies]
+        return ReplyReader(
+            choice,
+            family=self.family,
+            decode=self._decode,
+            describe=self._describe,
+            stop=request.stop,
+            tools=prompt.tools if isinstance(prompt, Conversation) else (),
+            opened=prepared.rendered[choice].opened,
+            splits=isinstance(prompt, Conversation),
+            parallel_tool_calls=request.parallel_tool_calls,
+        )
+
+    def _check_tokens(self, tokens: tuple[int, ...]) -> None:
+        if not tokens:
+            raise InvalidField("The prompt must have at least one token.", param="prompt")
+        if not all(0 <= t < self.vocab_size for t in tokens):
+            raise InvalidField(f"Token ids must be from 0 to {self.vocab_size - 1}.", param="prompt")
+
+    def _resolve(self, asked: Sampling, reply: int) -> TokenSampling:
+        """What the client said, else what the model's makers recommend, else no effect. Each reply draws by a seed of its own."""
+
+        def either(value: T | None, name: str, otherwise: T, kind: Callable[[Any], T]) -> T:
+            if value is not None:
+                return value
+            recommended = self.defaults.get(name)
+            return otherwise if recommended is None else kind(recommended)
+
+        for token in asked.logit_bias:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidField(f"logit_bias: token {token} is not in the model's vocabulary.", param="logit_bias")
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        greedy_by_default = self.defaults.get("do_sample") is False
+        return TokenSampling(
+            seed=seed + reply,
+            temperature=0.0 if asked.temperature is None and greedy_by_default else either(asked.temperature, "temperature", 1.0, float),
+            top_p=either(asked.top_p, "top_p", 1.0, float),
+            top_k=either(asked.top_k, "top_k", 0, int),
+            min_p=either(asked.min_p, "min_p", 0.0, float),
+            repetition_penalty=either(asked.repetition_penalty, "repetition_penalty", 1.0, float),
+            presence_penalty=either(asked.presence_penalty, "presence_penalty", 0.0, float),
+            frequency_penalty=either(asked.frequency_penalty, "frequency_penalty", 0.0, float),
+            logit_bias=asked.logit_bias,
+        )
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def _describe(self, token: int) -> tuple[str, bytes]:
+        """A token as text, and as the bytes that it stands for."""
+        text = self._decode([token])
+        return text, text.encode()

@@ -1,0 +1,166 @@
+"""The next token of every row, in one graph, whatever each row asked for.
+
+Randomness comes from the request's seed and the token's position alone (`uniform`), so a seeded request draws the same
+numbers in any batch. Top-k, top-p and min-p each cut the distribution at a probability; the cuts are found by bisection,
+so nothing is sorted. Order: logit bias, penalties, temperature, min-p, top-k, top-p (of what top-k left).
+"""
+# pyright: basic
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_manager.inference.engine.sequence import Sequence
+
+_MASK = 2**64 - 1
+# Halvings of [0, 1]: the cut is found to 2^-32 of the likeliest token's probability, finer than float32 tells apart.
+_BISECTIONS = 32
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in (0, 1] that depends on both arguments and on nothing else (SplitMix64)."""
+    z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1342543DE82EF95) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    z ^= z >> 31
+    return ((z >> 40) + 1) / 2**24  # 24 bits: exact in float32
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Queued results for B rows: `tokens` [B]; where any row asked, `logprobs` [B] of the chosen tokens and the
+    `top_tokens` and `top_logprobs` [B, K], unordered."""
+
+    tokens: mx.array
+    logprobs: mx.array | None = None
+    top_tokens: mx.array | None = None
+    top_logprobs: mx.array | None = None
+
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self.tokens, self.logprobs, self.top_tokens, self.top_logprobs) if a is not None]
+
+
+class Sampler:
+    """The sampling parameters of the batch as arrays, one row a sequence. Owned by the device thread."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._rows: list[Sequence] = []
+        self._in_prompt: mx.array | None = None  # [B, V] bool; with _counts, only while a row has a penalty
+        self._counts: mx.array | None = None  # [B, V] how often each token was generated, unread steps included
+        self._describe()
+
+    def set_rows(self, keep: list[int], joined: Rows[Sequence]) -> None:
+        """The rows that stay, in their order, then those that join (which have generated nothing unread)."""
+        if self._counts is not None:
+            index = mx.array(keep, dtype=mx.int32)
+            self._counts, self._in_prompt = self._counts[index], self._in_prompt[index]
+        stay = [self._rows[i] for i in keep]
+        self._rows = [*stay, *joined]
+        if not any(s.spec.sampling.penalises for s in self._rows):
+            self._counts = self._in_prompt = None
+        else:
+            counts, in_prompt = self._history(joined)
+            if self._counts is None:  # rows that were here before have no penalty: their counts are never looked at
+                old = np.zeros((len(stay), self._vocab_size))
+                self._counts, self._in_prompt = mx.array(old.astype(np.float32)), mx.array(old.astype(np.bool_))
+            self._counts = mx.concatenate([self._counts, mx.array(counts)])
+            self._in_prompt = mx.concatenate([self._in_prompt, mx.array(in_prompt)])
+        self._describe()
+
+    def _history(self, rows: Rows[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+        counts = np.zeros((len(rows), self._vocab_size), np.float32)
+        in_prompt = np.zeros((len(rows), self._vocab_size), np.bool_)
+        for i, s in enumerate(rows):
+            in_prompt[i, list(s.spec.prompt)] = True
+            np.add.at(counts[i], s.generated, 1)
+        return counts, in_prompt
+
+    def _describe(self) -> None:
+        params = [s.spec.sampling for s in self._rows]
+
+        def column(values: list[float]) -> mx.array:
+            return mx.array(np.asarray(values, np.float32)[:, None])
+
+        self._greedy = mx.array([p.temperature == 0 for p in params])
+        self._all_greedy = all(p.temperature == 0 for p in params)
+        self._filters = any(p.filters for p in params)
+        self._temperature = column([p.temperature or 1.0 for p in params])
+        self._min_p = column([p.min_p for p in params])
+        self._top_k = column([p.top_k or self._vocab_size for p in params])
+        self._top_p = column([p.top_p for p in params])
+        self._repetition = column([p.repetition_penalty for p in params])
+        self._presence = column([p.presence_penalty for p in params])
+        self._frequency = column([p.frequency_penalty for p in params])
+        self._bias: mx.array | None = None
+        if any(p.logit_bias for p in params):
+            bias = np.zeros((len(params), self._vocab_size), np.float32)
+            for i, p in enumerate(params):
+                bias[i, list(p.logit_bias)] = list(p.logit_bias.values())
+            self._bias = mx.array(bias)
+        wanted = [s.spec.num_top_logprobs for s in self._rows if s.spec.num_top_logprobs is not None]
+        self._num_top = max(wanted) if wanted else None
+
+    def sample(self, logits: mx.array) -> Sampled:
+        """`logits` [B, V], one row a sequence in order; each sequence's `num_sampled` is the position to draw for."""
+        raw = logits.astype(mx.float32)
+        logits = self._penalised(raw if self._bias is None else raw + self._bias)
+        tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
+        if not self._all_greedy:
+            draws = mx.array(np.asarray([uniform(s.spec.sampling.seed, s.num_sampled) for s in self._rows], np.float32))
+            tokens = mx.where(self._greedy, tokens, self._drawn(logits, draws))
+        if self._counts is not None:
+            self._counts = self._counts.at[mx.arange(len(self._rows)), tokens].add(1.0)
+        return self._with_logprobs(raw, tokens)
+
+    def _penalised(self, logits: mx.array) -> mx.array:
+        if self._counts is None:
+            return logits
+        generated = self._counts > 0
+        rescaled = mx.where(logits > 0, logits / self._repetition, logits * self._repetition)
+        logits = mx.where(generated | self._in_prompt, rescaled, logits)
+        return logits - self._frequency * self._counts - self._presence * generated
+
+    def _drawn(self, logits: mx.array, draws: mx.array) -> mx.array:
+        scaled = logits / self._temperature
+        weights = mx.exp(scaled - mx.max(scaled, axis=-1, keepdims=True))  # the likeliest token weighs 1
+        if self._filters:
+            weights = self._filtered(weights)
+        cumulative = mx.cumsum(weights, axis=-1)
+        reached = cumulative >= draws[:, None] * cumulative[:, -1:]
+        return mx.argmax(reached, axis=-1).astype(mx.int32)
+
+    def _filtered(self, weights: mx.array) -> mx.array:
+        weights = mx.where(weights >= self._min_p, weights, 0.0)
+        in_top_k = weights >= _cut(lambda cut: mx.sum(weights >= cut, axis=-1, keepdims=True) >= self._top_k, weights)
+        weights = mx.where(in_top_k, weights, 0.0)
+        wanted = self._top_p * mx.sum(weights, axis=-1, keepdims=True)
+        in_top_p = weights >= _cut(
+            lambda cut: mx.sum(mx.where(weights >= cut, weights, 0.0), axis=-1, keepdims=True) >= wanted, weights
+        )
+        # Rounding must not shave the tail off a row that asked for all of it.
+        return mx.where(in_top_p | (self._top_p >= 1.0), weights, 0.0)
+
+    def _with_logprobs(self, raw: mx.array, tokens: mx.array) -> Sampled:
+        if self._num_top is None:
+            return Sampled(tokens)
+        logprobs = raw - mx.logsumexp(raw, axis=-1, keepdims=True)
+        chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+        if self._num_top == 0:
+            return Sampled(tokens, chosen)
+        k = min(self._num_top, raw.shape[-1])
+        top = mx.argpartition(-logprobs, kth=k - 1, axis=-1)[:, :k]
+        return Sampled(tokens, chosen, top, mx.take_along_axis(logprobs, top, axis=-1))
+
+
+def _cut(keeps_enough, weights: mx.array) -> mx.array:
+    """The largest cut [B, 1] in [0, 1] of which `keeps_enough(cut)` is true, to within 2^-32; it is true of 0."""
+    low = mx.zeros((weights.shape[0], 1))
+    high = mx.full((weights.shape[0], 1), 1.0 + 2**-20)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        enough = keeps_enough(middle)
+        low, high = mx.where(enough, middle, low), mx.where(enough, high, middle)
+    return low

@@ -1,0 +1,143 @@
+"""Messages and tools → tokens, through the model's own chat template.
+
+Text of a user never becomes a control token. Wherever it spells one, a character that no text contains is put into the
+spelling before the template runs, and the rendered text is tokenised in the pieces between these characters.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+
+from mlx_manager.core.errors import InvalidField
+from mlx_manager.core.messages import Message
+from mlx_manager.core.requests import Conversation, Prompt, RawPrompt, ToolSpec
+from mlx_manager.inference.families.family import Family, Tag
+
+log = logging.getLogger(__name__)
+
+_BREAK = "\ufdd0"  # a noncharacter: no text may contain it, and what does has it removed
+
+
+class AddedToken(Protocol):
+    content: str
+    special: bool
+
+
+class Tokenizer(Protocol):
+    """What we use of a Hugging Face tokenizer."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, "AddedToken"]: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> str: ...
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt as tokens. `opened` is the reasoning tag that its end leaves open: the reply starts inside."""
+
+    tokens: tuple[int, ...]
+    opened: Tag | None = None
+
+
+class PromptRenderer:
+    """Renders for one model. Stateless between calls; runs on any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, family: Family) -> None:
+        self._tokenizer = tokenizer
+        self._family = family
+        control = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+        self._control = re.compile("|".join(re.escape(c) for c in control)) if control else None
+
+    def render(self, prompt: Prompt) -> Rendered:
+        """Raises `InvalidField` if the model has no chat template, or its template refuses these messages."""
+        match prompt:
+            case RawPrompt(str(text)):
+                return Rendered(tuple(self._tokenizer.encode(text, add_special_tokens=True)))
+            case RawPrompt(tokens):
+                assert not isinstance(tokens, str)
+                return Rendered(tokens)
+            case Conversation():
+                text = self.text(prompt)
+                tokens = [t for piece in text.split(_BREAK) for t in self._tokenizer.encode(piece, add_special_tokens=False)]
+                end = text.rstrip()
+                opened = next((tag for tag in self._family.reasoning_tags if end.endswith(tag.open)), None)
+                return Rendered(tuple(tokens), opened)
+
+    def text(self, conversation: Conversation) -> str:
+        """The rendered prompt, with a break character inside every control token that a user's text spells."""
+        if not self._tokenizer.chat_template:
+            raise InvalidField("This model has no chat template: use /v1/completions.", param="messages", code="unsupported_value")
+        options = self._options(conversation.template_options)
+        messages = [self._message(m) for m in conversation.messages]
+        tools = [self._tool(t) for t in conversation.tools] or None
+        try:
+            return self._apply(messages, tools, options)
+        except Exception as error:  # noqa: BLE001 - templates are programs of strangers and fail in any way
+            if options:
+                log.warning("the chat template failed with %s; rendering without", sorted(options), exc_info=True)
+                try:
+                    return self._apply(messages, tools, {})
+                except Exception as without:  # noqa: BLE001
+                    error = without
+            reason = str(error) if isinstance(error, TemplateError) else "it failed"
+            raise InvalidField(f"The model's chat template refuses these messages: {reason}.", param="messages") from error
+
+    def _apply(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: Mapping[str, Any]) -> str:
+        return self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False, **options)
+
+    def _options(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """`enable_thinking` has no effect on a template that knows no such switch."""
+        return {k: v for k, v in wanted.items() if k == self._family.thinking_option}
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        out: dict[str, Any] = {"role": message.role, "content": self._defused(message.content)}
+        if message.reasoning is not None:
+            out["reasoning_content"] = self._defused(message.reasoning)
+        if message.tool_calls:
+            out["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": self._defused(c.name), "arguments": self._arguments(c.arguments)}}
+                for c in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            out["tool_call_id"] = message.tool_call_id
+        if message.name is not None:
+            out["name"] = self._defused(message.name)
+        return out
+
+    def _arguments(self, text: str) -> Any:
+        """Templates want an object; arguments that are not one are passed on as the text they are."""
+        try:
+            value = json.loads(text) if text.strip() else {}
+        except ValueError:
+            return self._defused(text)
+        return self._defused(value if isinstance(value, dict) else text)
+
+    def _tool(self, tool: ToolSpec) -> dict[str, Any]:
+        parameters = dict(tool.parameters) or {"type": "object", "properties": {}}
+        function = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
+        return {"type": "function", "function": self._defused(function)}
+
+    def _defused(self, value: Any) -> Any:
+        """The same text, or JSON value, with no control token left in it."""
+        match value:
+            case str():
+                plain = value.replace(_BREAK, "")
+                if self._control is None:
+                    return plain
+                return self._control.sub(lambda m: m[0][0] + _BREAK + m[0][1:], plain)
+            case dict():
+                return {self._defused(k): self._defused(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+            case list():
+                return [self._defused(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+            case _:
+                return value

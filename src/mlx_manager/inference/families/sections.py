@@ -1,0 +1,276 @@
+"""Generated text, split at markers into what is said, what is thought and what is called, whatever pieces it comes in.
+
+Nothing is lost: a section that turns out not to be a call, or a marker that never closes, comes out as the text it is.
+The pieces of a text cover it in order and without gaps; each says how many of its characters it accounts for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from mlx_manager.core.requests import ToolSpec
+from mlx_manager.inference.families.family import Call, Family, Tag
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    text: str
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    calls: tuple[Call, ...]
+    num_chars: int
+
+
+@dataclass(frozen=True, slots=True)
+class Markup:
+    """Tags, and white space that belongs to them: shown nowhere."""
+
+    num_chars: int
+
+
+Piece = Text | Reasoning | Calls | Markup
+
+
+class _In(Enum):
+    START = auto()  # nothing but white space so far: reasoning may open, or the whole reply may be a call
+    TEXT = auto()
+    REASONING_START = auto()  # just opened: white space belongs to the tag
+    REASONING = auto()
+    REASONED = auto()  # just closed: white space belongs to the tag, and the reply begins
+    CALL = auto()
+    BARE_CALL = auto()  # a call without a mark: the whole rest of the reply, if it is one
+    CALLED = auto()  # white space between calls is nobody's
+
+
+class Splitter:
+    """`opened` is the tag that the prompt already opened; tools that were not offered are not called."""
+
+    def __init__(self, family: Family, *, tools: Sequence[ToolSpec] = (), opened: Tag | None = None) -> None:
+        self._family = family
+        self._tools = tools
+        self._format = family.tool_format if tools else None
+        self._state = _In.REASONING_START if opened else _In.START
+        self._tag = opened
+        self._held = ""
+        self._search_from = 0  # in a call section: where an unseen end marker can begin at the earliest
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._state in (_In.REASONING_START, _In.REASONING)
+
+    def feed(self, text: str) -> list[Piece]:
+        self._held += text
+        pieces: list[Piece] = []
+        while self._advance(pieces, final=False):
+            pass
+        return _joined(pieces)
+
+    def finish(self) -> list[Piece]:
+        """What was kept back, at the end of the text."""
+        pieces: list[Piece] = []
+        while self._advance(pieces, final=True):
+            pass
+        assert not self._held, "all text is accounted for"
+        return _joined(pieces)
+
+    # Each of these takes something off the front of what is held and says whether it did.
+
+    def _advance(self, out: list[Piece], *, final: bool) -> bool:
+        if not self._held:
+            return False
+        match self._state:
+            case _In.START | _In.REASONED:
+                return self._begin(out, final=final)
+            case _In.TEXT:
+                return self._say(out, final=final)
+            case _In.REASONING_START:
+                return self._open(out, final=final)
+            case _In.REASONING:
+                return self._think(out, final=final)
+            case _In.CALL | _In.BARE_CALL:
+                return self._call(out, final=final)
+            case _In.CALLED:
+                return self._between_calls(out, final=final)
+
+    def _take(self, num_chars: int) -> str:
+        taken, self._held = self._held[:num_chars], self._held[num_chars:]
+        return taken
+
+    def _begin(self, out: list[Piece], *, final: bool) -> bool:
+        body = self._held.lstrip()
+        blank = len(self._held) - len(body)
+        if not body:
+            if not final:
+                return False
+            if self._state is _In.REASONED:
+                out.append(Markup(len(self._take(blank))))
+            else:
+                out.append(Text(self._take(blank)))
+            return True
+        openers = [tag for tag in self._family.reasoning_tags if self._state is _In.START]
+        for tag in openers:
+            if body.startswith(tag.open):
+                out.append(Markup(len(self._take(blank + len(tag.open)))))
+                self._tag, self._state = tag, _In.REASONING_START
+                return True
+        marks = [tag.open for tag in openers]
+        if self._format is not None:
+            if self._format.start:
+                marks.append(self._format.start)
+                if body.startswith(self._format.start):
+                    out.append(Markup(len(self._take(blank))))
+                    self._state, self._search_from = _In.CALL, 0
+                    return True
+            elif self._format.may_begin(body):
+                self._state = _In.BARE_CALL
+                return True
+        if not final and any(mark.startswith(body) for mark in marks):
+            return False
+        if self._state is _In.REASONED and blank:
+            out.append(Markup(len(self._take(blank))))
+        self._state = _In.TEXT
+        return True
+
+    def _open(self, out: list[Piece], *, final: bool) -> bool:
+        """Just inside a tag. Some models open it twice."""
+        assert self._tag is not None
+        body = self._held.lstrip()
+        blank = len(self._held) - len(body)
+        if body.startswith(self._tag.open):
+            out.append(Markup(len(self._take(blank + len(self._tag.open)))))
+            return True
+        if not final and self._tag.open.startswith(body):
+            return False
+        if blank:
+            out.append(Markup(len(self._take(blank))))
+        self._state = _In.REASONING
+        return True
+
+    def _think(self, out: list[Piece], *, final: bool) -> bool:
+        assert self._tag is not None
+        at = self._held.find(self._tag.close)
+        if at >= 0:
+            thought = self._held[:at].rstrip()
+            if thought:
+                out.append(Reasoning(self._take(len(thought))))
+            out.append(Markup(len(self._take(at - len(thought) + len(self._tag.close)))))
+            self._state = _In.REASONED
+            return True
+        keep = 0 if final else _overlap(self._held, self._tag.close)
+        ready = self._held[: len(self._held) - keep]
+        if not final:
+            ready = ready.rstrip()  # the white space before the closing tag is the tag's
+        if ready:
+            out.append(Reasoning(self._take(len(ready))))
+        return bool(ready)
+
+    def _say(self, out: list[Piece], *, final: bool) -> bool:
+        mark = self._format.start if self._format is not None else ""
+        at = self._held.find(mark) if mark else -1
+        if at >= 0:
+            text = self._held[:at]
+            said = text.rstrip()
+            if said:
+                out.append(Text(self._take(len(said))))
+            # The white space stays in front of the mark: it comes back if the section is no call.
+            self._state, self._search_from = _In.CALL, 0
+            return True
+        if final:
+            ready = self._held
+        else:
+            ready = self._held[: len(self._held) - (_overlap(self._held, mark) if mark else 0)]
+            if mark:
+                ready = ready.rstrip()
+        if ready:
+            out.append(Text(self._take(len(ready))))
+        return bool(ready)
+
+    def _call(self, out: list[Piece], *, final: bool) -> bool:
+        assert self._format is not None
+        start, end = self._format.start, self._format.end
+        begin = self._held.find(start) + len(start)
+        if not end:
+            if not final:
+                if self._state is _In.BARE_CALL and not self._format.may_begin(self._held):
+                    self._state = _In.TEXT
+                    return True
+                return False
+            return self._settle(out, self._held[begin:], len(self._held))
+        at = self._held.find(end, max(begin, self._search_from))
+        if at < 0:
+            body = self._held[begin:]
+            if not final and self._format.may_begin(body):
+                self._search_from = max(begin, len(self._held) - len(end) + 1)
+                return False
+            # Unclosed: some models leave the last mark out. Or it never was a call, only a mention of one.
+            return self._settle(out, body, len(self._held) if final else begin)
+        calls = self._format.parse(self._held[begin:at], self._tools)
+        if calls is None and self._held.find(end, at + 1) >= 0:
+            self._search_from = at + 1  # the mark may stand inside an argument
+            return True
+        if calls is None and not final and self._format.may_begin(self._held[begin:at]):
+            self._search_from = at + 1
+            return False
+        return self._settle(out, self._held[begin:at], at + len(end), calls)
+
+    def _settle(self, out: list[Piece], body: str, num_chars: int, calls: list[Call] | None = None) -> bool:
+        """The section is over: calls if it holds any, otherwise the text that it is."""
+        assert self._format is not None
+        calls = calls or (self._format.parse(body, self._tools) if body else None)
+        if calls:
+            out.append(Calls(tuple(calls), len(self._take(num_chars))))
+            self._state = _In.CALLED
+        else:
+            out.append(Text(self._take(num_chars)))
+            self._state = _In.TEXT
+        return True
+
+    def _between_calls(self, out: list[Piece], *, final: bool) -> bool:
+        body = self._held.lstrip()
+        if not body:
+            if final:
+                out.append(Markup(len(self._take(len(self._held)))))
+            return final
+        mark = self._format.start if self._format is not None else ""
+        if mark and body.startswith(mark):
+            out.append(Markup(len(self._take(len(self._held) - len(body)))))
+            self._state, self._search_from = _In.CALL, 0
+            return True
+        if mark and not final and mark.startswith(body):
+            return False
+        self._state = _In.TEXT
+        return True
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Neighbours of one kind as one, so that a section does not fall apart where it was looked at."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        match piece, joined[-1] if joined else None:
+            case Text(text), Text(before):
+                joined[-1] = Text(before + text)
+            case Reasoning(text), Reasoning(before):
+                joined[-1] = Reasoning(before + text)
+            case _:
+                joined.append(piece)
+    return joined
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `mark`."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)

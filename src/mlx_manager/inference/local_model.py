@@ -1,0 +1,51 @@
+"""The path of one request through a loaded model: submit → read → events."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from mlx_manager.core.events import Event, Finished, Timing, Usage
+from mlx_manager.inference.dialect import Dialect, Prepared
+from mlx_manager.inference.engine.engine import Engine
+from mlx_manager.inference.engine.sequence import Ended, Token
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    dialect: Dialect
+    engine: Engine
+
+    async def generate(self, prepared: Prepared) -> AsyncIterator[Event]:
+        """Everything after `Started`. Closing the iterator frees what the request holds. Raises `EngineFault`."""
+        readers = [self.dialect.reader(prepared, choice) for choice in range(len(prepared.specs))]
+        stream = self.engine.submit(prepared.specs)
+        timing: Timing | None = None
+        unfinished = set(range(len(readers)))
+        try:
+            async for item in stream:
+                reader = readers[item.index]
+                if item.index not in unfinished:
+                    continue  # tokens that were on their way when a stop string ended the choice
+                match item:
+                    case Token():
+                        for event in reader.read(item):
+                            yield event
+                        if not reader.ended:
+                            continue
+                        stream.cancel(item.index)
+                        ending = reader.finish("stop", at_context_end=False)
+                    case Ended(index, reason, ended_timing):
+                        timing = timing or ended_timing
+                        ending = reader.finish(reason, at_context_end=reader.num_tokens == prepared.room[index])
+                unfinished.discard(item.index)
+                for event in ending:
+                    yield event
+        finally:
+            stream.close()
+        yield Finished(
+            Usage(
+                prompt=prepared.prompt_tokens,
+                completion=sum(r.num_tokens for r in readers),
+                reasoning=sum(r.num_reasoning_tokens for r in readers),
+            ),
+            timing,
+        )

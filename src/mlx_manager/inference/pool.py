@@ -1,0 +1,152 @@
+"""Which models there are and which are loaded: lend one, load it once."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_manager.core.errors import ModelLoadFailed, ModelNotFound
+from mlx_manager.hub.checkpoint import Checkpoint
+from mlx_manager.inference.dialect import Dialect
+from mlx_manager.inference.engine.device import Device
+from mlx_manager.inference.engine.engine import Engine
+from mlx_manager.inference.loader import BatchLimits, load_dialect, load_engine
+from mlx_manager.inference.local_model import LocalModel
+
+log = logging.getLogger(__name__)
+
+State = Literal["cold", "loading", "ready", "failed"]
+FindCheckpoints = Callable[[], list[Checkpoint]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """`error` says why the last load failed; `load_s` how long the last one took, in seconds."""
+
+    checkpoint: Checkpoint
+    state: State
+    error: str | None = None
+    load_s: float | None = None
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+class _Entry:
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.dialect: asyncio.Task[Dialect] | None = None
+        self.loading: asyncio.Task[LocalModel] | None = None
+        self.model: LocalModel | None = None
+        self.error: str | None = None
+        self.load_s: float | None = None
+
+    @property
+    def state(self) -> State:
+        if self.model is not None:
+            return "ready"
+        if self.loading is not None:
+            return "loading"
+        return "failed" if self.error is not None else "cold"
+
+
+class Pool:
+    """Owned by the event loop. A model is loaded by the first request for it and stays; nobody has to leave yet."""
+
+    def __init__(self, device: Device, find_checkpoints: FindCheckpoints, limits: BatchLimits) -> None:
+        self._device = device
+        self._find = find_checkpoints
+        self._limits = limits
+        self._entries: dict[str, _Entry] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Looks again at what is on disk. Loaded models stay even if their folder went."""
+        found = {c.id: c for c in self._find() if c.kind == "text"}
+        for model_id, checkpoint in found.items():
+            entry = self._entries.get(model_id)
+            if entry is None or (entry.state in ("cold", "failed") and entry.checkpoint != checkpoint):
+                self._entries[model_id] = _Entry(checkpoint)
+        for model_id in [i for i, e in self._entries.items() if i not in found and e.state in ("cold", "failed")]:
+            del self._entries[model_id]
+
+    def statuses(self) -> list[ModelStatus]:
+        """Every model, by id."""
+        return [
+            ModelStatus(
+                checkpoint=e.checkpoint,
+                state=e.state,
+                error=e.error,
+                load_s=e.load_s,
+                num_running=e.model.engine.num_running if e.model else 0,
+                num_waiting=e.model.engine.num_waiting if e.model else 0,
+            )
+            for _, e in sorted(self._entries.items())
+        ]
+
+    def engines(self) -> dict[str, Engine]:
+        return {i: e.model.engine for i, e in self._entries.items() if e.model is not None}
+
+    def checkpoint(self, model_id: str) -> Checkpoint:
+        return self._entry(model_id).checkpoint
+
+    async def dialect(self, model_id: str) -> Dialect:
+        """How the model reads and writes; does not load its weights. Raises `ModelNotFound` and `ModelLoadFailed`."""
+        entry = self._entry(model_id)
+        if entry.dialect is None:
+            checkpoint = entry.checkpoint
+            read = asyncio.to_thread(load_dialect, checkpoint.path, checkpoint.context_length)
+            entry.dialect = asyncio.create_task(read)
+        try:
+            return await asyncio.shield(entry.dialect)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            entry.dialect = None
+            entry.error = f"its tokenizer or configuration could not be read ({type(error).__name__})"
+            log.exception("model %s: the tokenizer or configuration could not be read", model_id)
+            raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
+
+    @asynccontextmanager
+    async def lend(self, model_id: str) -> AsyncIterator[LocalModel]:
+        """The model, loaded if need be: once, however many wait, and to its end even if they go.
+        Raises `ModelNotFound` and `ModelLoadFailed`; after a failure the next request tries again."""
+        entry = self._entry(model_id)
+        if entry.model is None:
+            if entry.loading is None:
+                entry.loading = asyncio.create_task(self._load(entry))
+            await asyncio.shield(entry.loading)
+        assert entry.model is not None
+        yield entry.model
+
+    async def _load(self, entry: _Entry) -> LocalModel:
+        model_id = entry.checkpoint.id
+        started = time.monotonic()
+        entry.error = None
+        try:
+            dialect = await self.dialect(model_id)
+            path = entry.checkpoint.path
+            engine = await self._device.run(lambda: load_engine(path, dialect, self._device, self._limits))
+        except ModelLoadFailed:
+            raise
+        except Exception as error:
+            entry.error = f"its weights could not be read ({type(error).__name__}: {error})"
+            log.exception("model %s could not be loaded", model_id)
+            raise ModelLoadFailed(f"The model '{model_id}' could not be loaded.") from error
+        else:
+            entry.load_s = time.monotonic() - started
+            entry.model = LocalModel(dialect, engine)
+            log.info("model %s is ready after %.1f s", model_id, entry.load_s)
+            return entry.model
+        finally:
+            entry.loading = None
+
+    def _entry(self, model_id: str) -> _Entry:
+        if model_id not in self._entries:
+            self.refresh()  # it may have been put there since
+        entry = self._entries.get(model_id)
+        if entry is None:
+            raise ModelNotFound(model_id, sorted(self._entries))
+        return entry

@@ -1,0 +1,1 @@
+"""The main database: opened safely, migrated forward, never guessed at. Knows no record of its own."""

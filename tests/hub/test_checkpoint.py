@@ -1,0 +1,180 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.utils import MODEL_REMAPPING
+
+from mlx_manager.hub.checkpoint import SAME_ARCHITECTURE, Checkpoint, Unusable, read
+from tests.hub.folders import BERT, LLAMA, WEIGHTS, write_model, write_safetensors
+
+VISION_WEIGHTS: dict[str, Any] = {"vision_tower.proj.weight": {"dtype": "F32", "shape": [4, 2], "data_offsets": [0, 32]}}
+
+
+def reason(path: Path) -> str:
+    with pytest.raises(Unusable) as refusal:
+        read(path, "model")
+    return refusal.value.reason
+
+
+def test_a_text_model(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "llama")
+    os.utime(path / "config.json", (0, 1_700_000_000.5))
+    assert read(path, "org/llama") == Checkpoint(
+        id="org/llama",
+        path=path,
+        kind="text",
+        architecture="llama",
+        context_length=2048,
+        size_bytes=(path / "model.safetensors").stat().st_size,
+        quantization_bits=None,
+        num_parameters=8,
+        created=1_700_000_000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (LLAMA, "text"),
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "text"),
+        ({"model_type": "gemma3", "text_config": {}, "vision_config": {}, "architectures": ["Gemma3ForConditionalGeneration"]}, "vision"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}, "vision_config": {}}, "vision"),
+        ({"model_type": "gemma3", "text_config": {}, "image_token_index": 5}, "text"),
+        (BERT, "embedding"),
+        ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForMaskedLM"]}, "embedding"),
+        ({"model_type": "brand_new"}, "unsupported"),
+        ({"model_type": "../models/llama"}, "unsupported"),
+    ],
+)
+def test_the_kind_follows_from_the_configuration(tmp_path: Path, config: dict[str, Any], kind: str) -> None:
+    assert read(write_model(tmp_path / "model", config), "model").kind == kind
+
+
+def test_an_image_token_and_a_vision_tower_make_a_vision_model(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", {"model_type": "gemma3", "image_token_index": 5})
+    write_safetensors(path / "model.safetensors", VISION_WEIGHTS)
+    assert read(path, "model").kind == "vision"
+
+
+def test_a_headless_text_model_is_an_embedding_model_only_with_sentence_transformers_modules(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3_text", "architectures": ["Gemma3TextModel"]}
+    assert read(write_model(tmp_path / "bare", config), "bare").kind == "text"
+    assert read(write_model(tmp_path / "pooled", config, modules=[]), "pooled").kind == "embedding"
+    assert read(write_model(tmp_path / "chat", LLAMA, modules=[]), "chat").kind == "text"
+
+
+def test_the_remapped_architectures_are_mlx_lms() -> None:
+    assert MODEL_REMAPPING.items() >= SAME_ARCHITECTURE.items()
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "length"),
+    [
+        ({"max_position_embeddings": 4096}, {}, 4096),
+        ({"text_config": {"max_position_embeddings": 8192}}, {}, 8192),
+        ({"max_position_embeddings": 514}, {"model_max_length": 512}, 512),
+        ({"max_position_embeddings": 4096}, {"model_max_length": 1_000_000_000_000_000_019_884_624_838_656}, 4096),
+        ({"max_position_embeddings": 4096}, {"model_max_length": 1e30}, 4096),
+        ({"max_position_embeddings": 4096}, {"model_max_length": 0}, 4096),
+        ({}, {"model_max_length": 2048}, 2048),
+        ({"max_position_embeddings": True, "text_config": None}, {}, None),
+    ],
+)
+def test_the_context_length_is_the_smallest_limit_that_makes_sense(
+    tmp_path: Path, config: dict[str, Any], tokenizer: dict[str, Any], length: int | None
+) -> None:
+    path = write_model(tmp_path / "model", {"model_type": "llama"} | config, tokenizer_config=tokenizer)
+    assert read(path, "model").context_length == length
+
+
+def test_parameters_of_quantised_weights_are_unpacked(tmp_path: Path) -> None:
+    header = {
+        "a.weight": {"dtype": "U32", "shape": [8, 8], "data_offsets": [0, 256]},
+        "a.scales": {"dtype": "F16", "shape": [8, 1], "data_offsets": [256, 272]},
+        "a.biases": {"dtype": "F16", "shape": [8, 1], "data_offsets": [272, 288]},
+        "b.weight": {"dtype": "U32", "shape": [8, 16], "data_offsets": [288, 800]},
+        "b.scales": {"dtype": "F16", "shape": [8, 1], "data_offsets": [800, 816]},
+        "norm.weight": {"dtype": "F16", "shape": [8], "data_offsets": [816, 832]},
+    }
+    path = write_model(tmp_path / "model", LLAMA | {"quantization": {"group_size": 64, "bits": 4, "b": {"bits": 8}}})
+    write_safetensors(path / "model.safetensors", header, bytes(832))
+    checkpoint = read(path, "model")
+    assert checkpoint.quantization_bits == 4
+    assert checkpoint.num_parameters == 8 * 64 + 8 * 64 + 8
+
+
+def test_shards_add_up(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name, tensor in zip(shards, "ab", strict=True):
+        write_safetensors(path / name, {tensor: WEIGHTS["model.embed_tokens.weight"]})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+    checkpoint = read(path, "model")
+    assert checkpoint.num_parameters == 16
+    assert checkpoint.size_bytes == sum((path / name).stat().st_size for name in shards)
+    (path / shards[1]).unlink()
+    assert reason(path) == "it is incomplete: 'model-00002-of-00002.safetensors' is missing (1 of 2 files)"
+    (path / "model.safetensors.index.json").unlink()
+    assert reason(path) == "it is incomplete: 'model-00002-of-00002.safetensors' is missing (1 of 2 files)"
+
+
+def test_a_shard_outside_the_folder_is_missing(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    write_safetensors(tmp_path / "model.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    assert "'../model.safetensors' is missing" in reason(path)
+
+
+@pytest.mark.parametrize("key", ["auto_map", "model_file"])
+def test_a_model_that_brings_code_is_refused(tmp_path: Path, key: str) -> None:
+    assert key in reason(write_model(tmp_path / "model", LLAMA | {key: {"AutoModel": "evil.Model"}}))
+
+
+def test_pickled_weights_are_no_weights(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    assert reason(path) == "it has no weights (model*.safetensors)"
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    assert reason(tmp_path) == "it has no config.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "config.json is not JSON"),
+        ("[" * 100_000, "config.json is not JSON"),
+        ("[]", "config.json is not an object"),
+        ("{}", "config.json names no model_type"),
+        ('{"model_type": 3}', "config.json names no model_type"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path, content: str, expected: str) -> None:
+    path = write_model(tmp_path / "model")
+    (path / "config.json").write_text(content)
+    assert reason(path) == expected
+
+
+def test_a_bad_weight_file_is_named(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    (path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert reason(path).startswith("model.safetensors: its header")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    for name in ("config.json", "model.safetensors"):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+    assert reason(path) == "it has no config.json"
+
+
+@pytest.mark.parametrize("id", ["", ".hidden", "a/b/c", "../a", "a/../b", "a..b", "/a", "a/", "a b", "a\n", "ä", "a:b", "a" * 257])
+def test_an_id_that_could_be_a_path_is_refused(tmp_path: Path, id: str) -> None:
+    path = write_model(tmp_path / "model")
+    with pytest.raises(Unusable, match="its name"):
+        read(path, id)

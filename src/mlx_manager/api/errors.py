@@ -3,7 +3,7 @@
 import json
 import math
 from http import HTTPStatus
-from typing import Literal, assert_never
+from typing import Literal
 
 from starlette.responses import Response
 from starlette.types import Scope
@@ -75,8 +75,6 @@ def envelope(
             }
             if param is not None:
                 content["errors"] = [{"pointer": param, "detail": message}]
-        case unknown:
-            assert_never(unknown)
     # ASCII only: a path may hold any character, and a lone surrogate has no UTF-8.
     return json.dumps(content, separators=(",", ":")).encode("ascii"), content_type
 
@@ -104,9 +102,7 @@ class ErrorResponse(Response):
         path: str = scope["path"]
         status = status_at(path, status)
         request_id: str = scope.get("state", {}).get("request_id", "")
-        body, content_type = envelope(
-            path, status, message=message, type_=type_, code=code, param=param, request_id=request_id
-        )
+        body, content_type = envelope(path, status, message=message, type_=type_, code=code, param=param, request_id=request_id)
         hints: dict[str, str] = {}
         if status == 401:
             hints["www-authenticate"] = "Bearer"

@@ -11,23 +11,29 @@ import struct
 from asyncio import TimerHandle
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from http import HTTPStatus
-from ipaddress import ip_address
 from typing import ClassVar, Literal
 
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .errors import envelope
-from .middleware import new_request_id
+from .middleware import literal_address, new_request_id
 
 _RESET = "mlx_manager.reset"
+_CODES = {400: "invalid_http_request", 408: "request_timeout", 431: "headers_too_large"}
+_MAX_PIPELINED = 8
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _ABSOLUTE_TARGET = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 
 
 class BadRequest(Exception):
-    """A header block that nobody should act on. The client can fix it; the connection is not used again."""
+    """A message that nobody should act on. The client can fix it; its connection is not used again."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def check_headers(http_version: str, target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
@@ -43,8 +49,8 @@ def check_headers(http_version: str, target: bytes, headers: Sequence[tuple[byte
         raise BadRequest("The Host header is missing.")
     codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
     lengths = [value for name, value in headers if name == b"content-length"]
-    if codings and lengths:
-        raise BadRequest("Content-Length together with Transfer-Encoding.")
+    if codings and (lengths or http_version == "1.0"):
+        raise BadRequest("Transfer-Encoding together with Content-Length, or on HTTP/1.0.")
     if len(lengths) > 1:
         raise BadRequest("More than one Content-Length header.")
     if codings not in ([], [b"chunked"]):
@@ -57,52 +63,57 @@ def check_headers(http_version: str, target: bytes, headers: Sequence[tuple[byte
 
 
 def is_loopback(address: str) -> bool:
-    """Whether a peer is on this machine; also in the form that a dual-stack socket reports."""
-    try:
-        peer = ip_address(address)
-    except ValueError:
-        return False
-    return peer.is_loopback or bool(getattr(peer, "ipv4_mapped", None) and peer.ipv4_mapped.is_loopback)  # pyright: ignore
+    peer = literal_address(address)
+    return peer is not None and peer.is_loopback
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptLimits:
+    headers_s: float = 15.0
+    """From the first byte of a message to the end of its headers."""
+
+    body_s: float = 60.0
+    """From the end of the headers to the end of the body. Time in which the server is the one that does not read is free."""
+
+    stall_s: float = 30.0
+    """How long a client may take nothing of what waits for it. Without this, closing would wait for it for ever."""
+
+    max_header_bytes: int = 64 * 1024
+
+    max_connections_per_peer: int = 512
+
+    may_exceed_connections: Callable[[str], bool] = is_loopback
+    """Peers to which the line above does not apply: the operator, and proxies with many clients behind them."""
 
 
 class ReceiptDeadlines(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with deadlines on receipt, strict framing, and a bound on what one peer can hold.
+    """uvicorn's HTTP/1.1 with deadlines on receipt (408, close), strict framing (400, close), and bounds on what a peer holds.
 
-    A message must have its headers within `headers_s` of its first byte and its body within `body_s` of its headers; else
-    408 and close. The clock does not count against the client while the server is the one that is not reading. Output of
-    which the client takes nothing for `stall_s` is thrown away with the connection, else closing would wait for it for ever.
-    A connection without a first byte is idle, and idle connections end after uvicorn's `timeout_keep_alive`.
+    A connection before its first byte is idle, and idle connections end after uvicorn's `timeout_keep_alive`.
     """
 
-    headers_s: ClassVar[float] = 15.0
-    body_s: ClassVar[float] = 60.0
-    stall_s: ClassVar[float] = 30.0
-    max_header_bytes: ClassVar[int] = 64 * 1024
-    max_pipelined: ClassVar[int] = 8
-    max_connections_per_peer: ClassVar[int] = 512
+    limits: ClassVar[ReceiptLimits] = ReceiptLimits()
 
     _receiving: Literal["nothing", "headers", "body"] = "nothing"
     _deadline: TimerHandle | None = None
     _stall: TimerHandle | None = None
     _num_header_bytes = 0
-    _refusal = "Invalid HTTP request."
-
-    @staticmethod
-    def may_exceed_connections(address: str) -> bool:
-        """Peers behind which there are many clients, or the operator."""
-        return is_loopback(address)
+    _refusal = BadRequest("Invalid HTTP request.")
 
     # Connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        if self.client is not None and not self.may_exceed_connections(self.client[0]):
+        if self.client is not None and not self.limits.may_exceed_connections(self.client[0]):
             peer = self.client[0]
-            num_held = sum(1 for held in self.connections if held.client is not None and held.client[0] == peer)
-            if num_held > self.max_connections_per_peer:
+            clients = (getattr(held, "client", None) for held in self.connections)  # WebSockets are in there, too
+            num_held = sum(1 for client in clients if client is not None and client[0] == peer)
+            if num_held > self.limits.max_connections_per_peer:
                 transport.abort()
                 return
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        # Whatever the client does not take at once shows in `pause_writing`, so nothing waits unwatched.
+        transport.set_write_buffer_limits(high=0)
+        self._close_if_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_timers()
@@ -116,13 +127,13 @@ class ReceiptDeadlines(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._receiving == "nothing" and self._deadline is None:
-            self._expect_within(self.headers_s)
+            self._expect_within(self.limits.headers_s)
         receiving = self._receiving
         super().data_received(data)
         if receiving == self._receiving == "headers":
             self._num_header_bytes += len(data)
-            if self._num_header_bytes > self.max_header_bytes:
-                self._refuse(431, "The request headers are too large.", "headers_too_large")
+            if self._num_header_bytes > self.limits.max_header_bytes:
+                self._refuse(431, "The request headers are too large.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -130,7 +141,7 @@ class ReceiptDeadlines(HttpToolsProtocol):
         self._receiving = "headers"
         self._num_header_bytes = 0
         if self._deadline is None:
-            self._expect_within(self.headers_s)
+            self._expect_within(self.limits.headers_s)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # After the body come trailers. Nobody has checked them, so they do not join the headers of a running request.
@@ -138,21 +149,20 @@ class ReceiptDeadlines(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        assert self.parser is not None  # it is the caller
         try:
             check_headers(self.parser.get_http_version(), self.url, self.headers)
-            if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self.max_header_bytes:
-                raise BadRequest("The request headers are too large.")
+            if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self.limits.max_header_bytes:
+                raise BadRequest("The request headers are too large.", status=431)
             if self.parser.should_upgrade() and not self._should_upgrade() and self._has_body():
                 raise BadRequest("A request that asks for an upgrade cannot have a body.")  # the parser would skip it
-            if len(self.pipeline) >= self.max_pipelined:
-                raise BadRequest("Too many requests at once on one connection.")
         except BadRequest as error:
-            self._refusal = str(error)
+            self._refusal = error
             raise  # the parser stops here and uvicorn calls send_400_response
         super().on_headers_complete()
         self._receiving = "body"
-        self._expect_within(self.body_s)
-        if self.pipeline:
+        self._expect_within(self.limits.body_s)
+        if 0 < len(self.pipeline) <= _MAX_PIPELINED:
             # uvicorn stops reading here, and would not see the client of the running request leave.
             self.flow.resume_reading()
 
@@ -160,14 +170,21 @@ class ReceiptDeadlines(HttpToolsProtocol):
         self._receiving = "nothing"
         self._forget_deadline()
         super().on_message_complete()
+        if self.cycle is not None and self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
+            # Answered before its body was here. uvicorn's idle timer began with the answer and ended with the next byte.
+            self._close_if_idle()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, self._refusal, "invalid_http_request")
+        self._refuse(self._refusal.status, str(self._refusal))
 
     def _has_body(self) -> bool:
         return any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in self.headers)
 
     # Deadlines
+
+    def _close_if_idle(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _expect_within(self, limit_s: float) -> None:
         self._forget_deadline()
@@ -182,7 +199,7 @@ class ReceiptDeadlines(HttpToolsProtocol):
         elif self._receiving == "nothing":
             self.transport.close()  # line ends, but never a request line
         else:
-            self._refuse(408, f"The request was not complete within {limit_s:g} seconds.", "request_timeout")
+            self._refuse(408, f"The request was not complete within {limit_s:g} seconds.")
 
     def _forget_deadline(self) -> None:
         if self._deadline is not None:
@@ -201,7 +218,7 @@ class ReceiptDeadlines(HttpToolsProtocol):
             return bool(self.pipeline)
         return self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
+    def _refuse(self, status: int, message: str) -> None:
         """Answer, unless that would land in the middle of another reply, and close."""
         in_body = self._receiving == "body"
         can_answer = not self._is_answering_an_earlier_request() and not (in_body and self.cycle.response_started)
@@ -211,7 +228,7 @@ class ReceiptDeadlines(HttpToolsProtocol):
         if can_answer:
             request_id = new_request_id()
             body, content_type = envelope(
-                path, status, message=message, type_="invalid_request_error", code=code, param=None, request_id=request_id
+                path, status, message=message, type_="invalid_request_error", code=_CODES[status], param=None, request_id=request_id
             )
             headers = [
                 *self.server_state.default_headers,
@@ -238,7 +255,7 @@ class ReceiptDeadlines(HttpToolsProtocol):
 
     def _watch_stall(self) -> None:
         self._forget_stall()
-        self._stall = self.loop.call_later(self.stall_s, self._on_stall, self.transport.get_write_buffer_size())
+        self._stall = self.loop.call_later(self.limits.stall_s, self._on_stall, self.transport.get_write_buffer_size())
 
     def _on_stall(self, num_unsent_before: int) -> None:
         self._stall = None
@@ -261,26 +278,9 @@ class ReceiptDeadlines(HttpToolsProtocol):
         self.transport.abort()
 
 
-def receipt_deadlines(
-    headers_s: float = 15.0,
-    body_s: float = 60.0,
-    *,
-    stall_s: float = 30.0,
-    max_connections_per_peer: int = 512,
-    may_exceed_connections: Callable[[str], bool] = is_loopback,
-) -> type[HttpToolsProtocol]:
-    """The protocol class for `uvicorn.Config(http=...)`. Listed proxies belong in `may_exceed_connections`."""
-    return type(
-        "ReceiptDeadlines",
-        (ReceiptDeadlines,),
-        {
-            "headers_s": headers_s,
-            "body_s": body_s,
-            "stall_s": stall_s,
-            "max_connections_per_peer": max_connections_per_peer,
-            "may_exceed_connections": staticmethod(may_exceed_connections),
-        },
-    )
+def receipt_deadlines(limits: ReceiptLimits) -> type[ReceiptDeadlines]:
+    """`ReceiptDeadlines` with other limits, for `uvicorn.Config(http=...)`, which takes a class."""
+    return type("ReceiptDeadlines", (ReceiptDeadlines,), {"limits": limits})
 
 
 def reset_connection(scope: Scope) -> None:

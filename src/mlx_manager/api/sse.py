@@ -37,9 +37,10 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
     leaving = asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        has_left = leaving.done()
     finally:
         await _stop(working, leaving)
-    if working.cancelled():
+    if has_left and working.cancelled():
         raise ClientGone
     return working.result()
 
@@ -126,11 +127,10 @@ class EventStream(Response):
         """Return when the events are at their end or the client is; meanwhile keep the line alive."""
         clock = asyncio.get_running_loop().time
         while True:
+            due = self._last_write + self._keep_alive_s
             if self._write_began is not None:
                 due = self._write_began + self._send_timeout_s
-            else:
-                due = self._last_write + self._keep_alive_s
-            done, _ = await asyncio.wait({writing, leaving}, timeout=due - clock(), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({writing, leaving}, timeout=max(due - clock(), 0), return_when=asyncio.FIRST_COMPLETED)
             if done:
                 return
             now = clock()

@@ -30,7 +30,7 @@ shirt shoe shop shoulder silver sister size skin sky sleep slow small smoke snow
 spoon spring square stage star station steam stone store storm story street strong sugar summer sun table tail tall teacher
 thread ticket time tooth town train tree truck turn uncle under valley view village voice walk wall warm watch water wave
 weather week west wheel white wide wife wild window wine wing winter wise woman wood wool word work world yard year yellow
-    young zebra
+young zebra
 """
 WORDS = tuple(TEXT.split())
 

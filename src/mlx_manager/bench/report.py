@@ -66,7 +66,7 @@ def to_json(results: Results) -> str:
         for workload in results.workloads
         for target in results.targets
     ]
-    return json.dumps({"results": stored, "figures": figures}, indent=1, ensure_ascii=False)
+    return json.dumps({"results": stored, "figures": figures}, ensure_ascii=False, allow_nan=False)
 
 
 def from_json(text: str) -> Results:

@@ -26,7 +26,11 @@ class BatchLimits:
     prefill_budget: int = 512
 
 
-def load_dialect(path: Path, context_length: int) -> Dialect:
+# Tokens, for a checkpoint that does not say how many it was made for.
+DEFAULT_CONTEXT_LENGTH = 32_768
+
+
+def load_dialect(path: Path, context_length: int | None) -> Dialect:
     """Everything but the weights; about half a second. Any thread."""
     config = _read_json(path / "config.json")
     text_config = config.get("text_config", config)
@@ -41,7 +45,7 @@ def load_dialect(path: Path, context_length: int) -> Dialect:
     return Dialect(
         tokenizer=tokenizer,
         family=family,
-        context_length=context_length,
+        context_length=context_length or DEFAULT_CONTEXT_LENGTH,
         vocab_size=text_config["vocab_size"],
         stop_tokens=frozenset(stop),
         defaults=defaults,

@@ -1,6 +1,6 @@
 """The path of one request through a loaded model: submit → read → events."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from mlx_manager.core.events import Event, Finished, Timing, Usage
@@ -14,7 +14,7 @@ class LocalModel:
     dialect: Dialect
     engine: Engine
 
-    async def generate(self, prepared: Prepared) -> AsyncIterator[Event]:
+    async def generate(self, prepared: Prepared) -> AsyncGenerator[Event]:
         """Everything after `Started`. Closing the iterator frees what the request holds. Raises `EngineFault`."""
         readers = [self.dialect.reader(prepared, choice) for choice in range(len(prepared.specs))]
         stream = self.engine.submit(prepared.specs)

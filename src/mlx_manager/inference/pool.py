@@ -3,12 +3,12 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from mlx_manager.core.errors import ModelLoadFailed, ModelNotFound
+from mlx_manager.core.errors import EngineFault, ModelLoadFailed, ModelNotFound
 from mlx_manager.hub.checkpoint import Checkpoint
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.engine.device import Device
@@ -99,6 +99,7 @@ class Pool:
             checkpoint = entry.checkpoint
             read = asyncio.to_thread(load_dialect, checkpoint.path, checkpoint.context_length)
             entry.dialect = asyncio.create_task(read)
+            entry.dialect.add_done_callback(_seen)
         try:
             return await asyncio.shield(entry.dialect)
         except asyncio.CancelledError:
@@ -110,16 +111,22 @@ class Pool:
             raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
 
     @asynccontextmanager
-    async def lend(self, model_id: str) -> AsyncIterator[LocalModel]:
+    async def lend(self, model_id: str) -> AsyncGenerator[LocalModel]:
         """The model, loaded if need be: once, however many wait, and to its end even if they go.
         Raises `ModelNotFound` and `ModelLoadFailed`; after a failure the next request tries again."""
         entry = self._entry(model_id)
         if entry.model is None:
             if entry.loading is None:
                 entry.loading = asyncio.create_task(self._load(entry))
+                entry.loading.add_done_callback(_seen)
             await asyncio.shield(entry.loading)
         assert entry.model is not None
         yield entry.model
+
+    def abort(self, error: EngineFault) -> None:
+        """Ends every reply under way with `error`."""
+        for engine in self.engines().values():
+            engine.abort(error)
 
     async def _load(self, entry: _Entry) -> LocalModel:
         model_id = entry.checkpoint.id
@@ -150,3 +157,9 @@ class Pool:
         if entry is None:
             raise ModelNotFound(model_id, sorted(self._entries))
         return entry
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """Nobody may be left to hear of a failure; it has been logged."""
+    if not task.cancelled():
+        task.exception()

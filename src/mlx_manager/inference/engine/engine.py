@@ -120,6 +120,10 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         self._device.post(lambda: self._drop(sequence))
 
+    def abort(self, fault: EngineFault) -> None:
+        """Ends every sequence, its stream with `fault`."""
+        self._device.post(lambda: _hand_over(self._fail_all(fault)))
+
     @property
     def num_running(self) -> int:
         return len(self._scheduler.running)
@@ -141,7 +145,10 @@ class Engine:
             self._advance(deliveries)
         except Exception as error:
             log.exception("the engine failed; the requests it was serving are told")
-            deliveries += self._fail(error)
+            self.counters.faults += 1
+            fault = EngineFault("The engine failed while it was working on this request.")
+            fault.__cause__ = error
+            deliveries += self._fail_all(fault)
         _hand_over(deliveries)
 
     def _advance(self, deliveries: list[Delivery]) -> None:
@@ -182,15 +189,12 @@ class Engine:
         self._runner.forget(sequence)
         self._streams.pop(sequence, None)
 
-    def _fail(self, error: Exception) -> list[Delivery]:
-        self.counters.faults += 1
+    def _fail_all(self, fault: EngineFault) -> list[Delivery]:
         streams = dict.fromkeys(self._streams.values())
         for sequence in list(self._streams):
             self._drop(sequence)
         self._pending = None
         self._runner.clear()
-        fault = EngineFault("The engine failed while it was working on this request.")
-        fault.__cause__ = error
         return [(stream, fault) for stream in streams]
 
 

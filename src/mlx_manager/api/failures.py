@@ -1,0 +1,106 @@
+"""Core errors → what the client is told. Rendered here and nowhere else."""
+
+import logging
+from dataclasses import dataclass
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from mlx_manager.api.errors import ErrorResponse
+from mlx_manager.api.sse import ClientGone
+from mlx_manager.core.errors import (
+    ContextTooLong,
+    EngineFault,
+    InvalidField,
+    MLXManagerError,
+    ModelLoadFailed,
+    ModelNotFound,
+    Overloaded,
+    TimedOut,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """`retry` False: the same request fails again; None leaves it to the client."""
+
+    status: int
+    type_: str
+    code: str | None
+    message: str
+    param: str | None = None
+    retry: bool | None = None
+    retry_after_s: int | None = None
+
+    @property
+    def openai(self) -> dict[str, object]:
+        """The `error` object of OpenAI's envelope."""
+        return {"message": self.message, "type": self.type_, "param": self.param, "code": self.code}
+
+
+def failure(error: Exception) -> Failure:
+    """What a client is told of an error. Anything that is not ours to name is an internal error, and logged."""
+    match error:
+        case ContextTooLong():
+            return Failure(400, "invalid_request_error", "context_length_exceeded", error.message, "messages", retry=False)
+        case InvalidField():
+            return Failure(400, "invalid_request_error", error.code, error.message, error.param, retry=False)
+        case ModelNotFound():
+            return Failure(404, "invalid_request_error", "model_not_found", error.message, retry=False)
+        case Overloaded():
+            return Failure(503, "server_error", "queue_full", error.message, retry_after_s=error.retry_after_s)
+        case ModelLoadFailed():
+            return Failure(503, "server_error", "model_load_failed", error.message, retry=False)
+        case TimedOut():
+            return Failure(504, "server_error", "timeout", error.message)
+        case EngineFault():
+            return Failure(500, "server_error", None, error.message)
+        case MLXManagerError():
+            return Failure(500, "server_error", None, error.message)
+        case _:
+            log.error("a request failed in a way nobody expected", exc_info=error)
+            return Failure(500, "server_error", None, "The server failed to answer this request.")
+
+
+def error_response(request: Request, error: Exception) -> Response:
+    f = failure(error)
+    param = f.param
+    if isinstance(error, ContextTooLong) and request.url.path == "/v1/completions":
+        param = "prompt"
+    return ErrorResponse(
+        request.scope,
+        f.status,
+        f.message,
+        type_=f.type_,
+        code=f.code,
+        param=param,
+        retry=f.retry,
+        retry_after_s=f.retry_after_s,
+    )
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: unknown paths and wrong methods."""
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = "There is nothing at this address."
+        if request.url.path.startswith("/v1/v1/"):
+            message += " Its base URL has one '/v1' too many."
+    headers = dict(error.headers or {})
+    return ErrorResponse(request.scope, error.status_code, message, retry=False, headers=headers)
+
+
+def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+def install(app: FastAPI) -> None:
+    """Registers the one rendering of every error."""
+    app.add_exception_handler(MLXManagerError, error_response)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientGone, _client_gone)
+    app.add_exception_handler(Exception, error_response)

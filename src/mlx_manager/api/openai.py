@@ -1,0 +1,152 @@
+"""`/v1` as OpenAI clients know it."""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from mlx_manager.api.dependencies import ServicesDep
+from mlx_manager.api.failures import failure
+from mlx_manager.api.sse import DONE, EventStream, data, until_disconnect
+from mlx_manager.core.errors import ModelNotFound
+from mlx_manager.core.events import Event, Reply, collect
+from mlx_manager.core.requests import GenerationRequest
+from mlx_manager.gateway.gateway import Gateway
+from mlx_manager.inference.pool import ModelStatus
+from mlx_manager.protocols.fields import ignored_header
+from mlx_manager.protocols.openai import schema
+from mlx_manager.protocols.openai.requests import Wanted, read_chat, read_completion
+from mlx_manager.protocols.openai.responses import ChatWriter, CompletionWriter, Writer
+
+router = APIRouter(tags=["OpenAI"])
+
+_FINGERPRINT = f"mlx-manager-{version('mlx-manager')}"
+
+
+def _body(model: type[schema.Sampling]) -> dict[str, Any]:
+    """The documented body. It is read by `protocols`, which knows the dialect's errors, and not by the framework."""
+    content = {"application/json": {"schema": model.model_json_schema(ref_template=f"#/components/schemas/{model.__name__}_{{model}}")}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.post("/v1/chat/completions", openapi_extra=_body(schema.ChatRequest))
+async def chat_completions(request: Request, services: ServicesDep) -> Response:
+    """A reply to a conversation, whole or streamed."""
+    wanted = read_chat(await request.body())
+    writer = ChatWriter(
+        id=f"chatcmpl-{secrets.token_urlsafe(18)}",
+        model=wanted.request.model,
+        created=int(time.time()),
+        fingerprint=_FINGERPRINT,
+        num_choices=wanted.request.num_replies,
+        include_usage=wanted.include_usage,
+    )
+    return await _answer(request, services.gateway, wanted, writer)
+
+
+@router.post("/v1/completions", openapi_extra=_body(schema.CompletionRequest))
+async def completions(request: Request, services: ServicesDep) -> Response:
+    """What follows a raw prompt, or each of several, whole or streamed."""
+    wanted = read_completion(await request.body())
+    writer = CompletionWriter(
+        id=f"cmpl-{secrets.token_urlsafe(18)}",
+        model=wanted.request.model,
+        created=int(time.time()),
+        fingerprint=_FINGERPRINT,
+        num_replies=wanted.request.num_replies,
+        echo=wanted.echo,
+        include_usage=wanted.include_usage,
+    )
+    return await _answer(request, services.gateway, wanted, writer)
+
+
+async def _answer(request: Request, gateway: Gateway, wanted: Wanted, writer: Writer) -> Response:
+    headers = {"x-backend": "local"}
+    if wanted.ignored:
+        headers["x-ignored-fields"] = ignored_header(wanted.ignored)
+    if not wanted.stream:
+        reply = await until_disconnect(request.receive, _collect(gateway, wanted.request))
+        return _json(writer.whole(reply), headers)
+    events = gateway.stream(wanted.request)
+    # What can be refused is refused with a status; the reply is opened before anything slow begins.
+    opening = await until_disconnect(request.receive, _next(events))
+    return EventStream(_frames(opening, events, writer), headers=headers)
+
+
+async def _collect(gateway: Gateway, request: GenerationRequest) -> Reply:
+    async with aclosing(gateway.stream(request)) as events:
+        return await collect(events, len(request.prompts) * request.num_replies)
+
+
+async def _next(events: AsyncGenerator[Event]) -> Event:
+    return await anext(events)
+
+
+async def _frames(opening: Event, events: AsyncGenerator[Event], writer: Writer) -> AsyncGenerator[bytes]:
+    """The stream as bytes, ending in `[DONE]` or in one error."""
+    async with aclosing(events):
+        try:
+            for chunk in writer.chunks(opening):
+                yield _frame(chunk)
+            async for event in events:
+                for chunk in writer.chunks(event):
+                    yield _frame(chunk)
+        except Exception as error:  # noqa: BLE001 - the status is out: whatever it is, the client is told in-band
+            yield _frame({"error": failure(error).openai})
+        else:
+            yield DONE
+
+
+def _frame(chunk: dict[str, Any]) -> bytes:
+    return data(json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _json(content: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content, ensure_ascii=False, separators=(",", ":")), media_type="application/json", headers=headers)
+
+
+@router.get("/v1/models")
+async def models(services: ServicesDep) -> JSONResponse:
+    """Every model that can be asked, loaded or not."""
+    services.pool.refresh()
+    entries = [_model(status) for status in services.pool.statuses()]
+    ids = [entry["id"] for entry in entries]
+    return JSONResponse(
+        {"object": "list", "data": entries, "has_more": False, "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+    )
+
+
+@router.get("/v1/models/{model_id:path}")
+async def model(model_id: str, services: ServicesDep) -> JSONResponse:
+    """One model."""
+    services.pool.refresh()
+    statuses = {status.checkpoint.id: status for status in services.pool.statuses()}
+    if model_id not in statuses:
+        raise ModelNotFound(model_id, sorted(statuses))
+    return JSONResponse(_model(statuses[model_id]))
+
+
+def _model(status: ModelStatus) -> dict[str, Any]:
+    """An entry that satisfies the SDKs of both vendors."""
+    checkpoint = status.checkpoint
+    created = datetime.fromtimestamp(checkpoint.created, UTC)
+    return {
+        "id": checkpoint.id,
+        "object": "model",
+        "created": checkpoint.created,
+        "owned_by": checkpoint.id.split("/")[0] if "/" in checkpoint.id else "local",
+        "type": "model",
+        "display_name": checkpoint.id,
+        "created_at": created.isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": checkpoint.context_length,
+        "max_tokens": checkpoint.context_length,
+        "state": status.state,
+    }

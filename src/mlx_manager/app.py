@@ -1,0 +1,137 @@
+"""The composition root: builds every long-lived object, connects them and mounts the routes."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from mlx_manager import telemetry
+from mlx_manager.api import failures, openai, system, web
+from mlx_manager.api.dependencies import Services
+from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
+from mlx_manager.api.server_protocol import ReceiptDeadlines
+from mlx_manager.config import BUNDLED_MODELS, Config
+from mlx_manager.core.errors import EngineFault
+from mlx_manager.gateway.gateway import Gateway
+from mlx_manager.gateway.local import LocalBackend
+from mlx_manager.hub.local import Catalogue, find_models, hub_cache_folder
+from mlx_manager.inference.engine.device import Device
+from mlx_manager.inference.loader import BatchLimits
+from mlx_manager.inference.pool import Pool
+from mlx_manager.storage.database import Database
+
+log = logging.getLogger(__name__)
+
+
+def catalogue(config: Config) -> Catalogue:
+    """Every model on this machine: the operator's folders first, then what ships with the package, then the Hub cache."""
+    return find_models([*config.models_dir, BUNDLED_MODELS], hub_cache_folder())
+
+
+def build_services(config: Config) -> Services:
+    """Everything that lives as long as the process; started by `running`."""
+    device = Device()
+    limits = BatchLimits(max_sequences=config.max_batch, prefill_budget=config.prefill_budget)
+    pool = Pool(device, lambda: list(catalogue(config).models), limits)
+    metrics = telemetry.Metrics(pool.engines)
+    gateway = Gateway(
+        LocalBackend(pool),
+        max_requests=config.max_concurrent_requests,
+        listeners=(metrics.record, telemetry.trace_exchange),
+    )
+    return Services(config, device, pool, gateway, Database(config.database_path), metrics)
+
+
+@asynccontextmanager
+async def running(services: Services) -> AsyncGenerator[Services]:
+    """Starts what has to be started, and ends it in the opposite order."""
+    await services.database.open()
+    services.device.start()
+    try:
+        yield services
+    finally:
+        await asyncio.to_thread(services.device.stop)
+        await services.database.close()
+
+
+def build(config: Config) -> FastAPI:
+    """The application: one process, one port."""
+    services = build_services(config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        async with running(services):
+            yield
+
+    key = config.api_key.get_secret_value() if config.api_key else None
+    app = FastAPI(
+        title="MLX Manager",
+        lifespan=lifespan,
+        docs_url=None,  # its page fetches scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,  # a redirected POST loses its body or its credentials
+        strict_content_type=False,
+        middleware=[
+            Middleware(RequestId),
+            Middleware(SecurityHeaders),
+            Middleware(TrustedOrigin, allowed_hosts=config.allowed_hosts, allowed_origins=config.allowed_origins),
+            Middleware(ApiKey, key=key),
+            Middleware(BodyLimit),
+        ],
+    )
+    app.state.services = services
+    failures.install(app)
+    app.include_router(openai.router)
+    app.include_router(system.router)
+    app.include_router(web.router)
+    return app
+
+
+class Server(uvicorn.Server):
+    """A server that lets replies finish: on a signal it takes no more requests, waits `drain_s`, and ends what is left with an
+    error that its client can read."""
+
+    def __init__(self, app: FastAPI, config: Config) -> None:
+        self._services: Services = app.state.services
+        self._drain_s = config.drain_s
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                http=ReceiptDeadlines,
+                loop="uvloop",
+                log_level=config.log_level,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=int(config.drain_s) + 5,
+                server_header=False,
+                date_header=False,
+                lifespan="on",
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        draining = asyncio.create_task(self._drain())
+        await super().shutdown(sockets)
+        draining.cancel()
+
+    async def _drain(self) -> None:
+        if self._services.gateway.num_in_flight:
+            log.info("waiting up to %.0f s for %d replies; Ctrl-C again ends them", self._drain_s, self._services.gateway.num_in_flight)
+        try:
+            async with asyncio.timeout(self._drain_s):
+                await self._services.gateway.drain()
+        except TimeoutError:
+            self._services.pool.abort(EngineFault("The server is shutting down."))
+
+
+def serve(config: Config) -> None:
+    """Runs until a signal."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    telemetry.configure_logfire()
+    Server(build(config), config).run()

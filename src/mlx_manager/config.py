@@ -1,0 +1,57 @@
+"""What is fixed when the process starts: flags, else environment (`MLX_MANAGER_…`), else these defaults."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from platformdirs import user_data_path
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+Several = Annotated[tuple[str, ...], NoDecode]
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+# Holds the starter model, so that a fresh machine answers without a network.
+BUNDLED_MODELS = Path(__file__).parent / "bundled"
+
+
+class Config(BaseSettings):
+    """Each field's description is its line in the README; sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="MLX_MANAGER_", env_ignore_empty=True, extra="ignore", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback an API key is required.")
+    port: int = Field(10242, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(
+        default_factory=lambda: user_data_path("mlx-manager", appauthor=False), description="Folder of the database."
+    )
+    models_dir: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description=f"Folders whose subfolders are models, separated by '{os.pathsep}'; the flag can be repeated."
+    )
+    api_key: SecretStr | None = Field(None, description="If set, every request but health checks must carry it.")
+    allowed_hosts: Several = Field((), description="Further names that `Host` may have, separated by commas.")
+    allowed_origins: Several = Field((), description="Web origins that may call the API from a browser, separated by commas.")
+    max_concurrent_requests: int = Field(256, ge=1, description="More than these at a time are answered 503.")
+    max_batch: int = Field(32, ge=1, description="Sequences that one model decodes together.")
+    prefill_budget: int = Field(512, ge=1, description="Prompt tokens that one model computes between two decode steps.")
+    drain_s: float = Field(30.0, ge=0, description="How long replies may go on after Ctrl-C or SIGTERM, in seconds.")
+    log_level: LogLevel = Field("info", description="debug, info, warning or error.")
+
+    @field_validator("models_dir", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        return tuple(p for p in value.split(os.pathsep) if p) if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return tuple(n.strip() for n in value.split(",") if n.strip()) if isinstance(value, str) else value
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    @property
+    def database_path(self) -> Path:
+        return self.data_dir / "mlx-manager.db"

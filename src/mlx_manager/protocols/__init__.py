@@ -1,0 +1,1 @@
+"""Wire formats ⇄ core: pure functions, no I/O."""

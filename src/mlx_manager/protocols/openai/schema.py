@@ -1,0 +1,177 @@
+"""What an OpenAI client sends, and which of its fields do what. The published matrix is made from these tables."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class StreamOptions(Schema):
+    include_usage: bool | None = None
+
+
+class Sampling(Schema):
+    """The fields that both endpoints share."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class TextPart(Schema):
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(Schema):
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(Schema):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Schema):
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[TextPart], Field(max_length=256)] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+
+
+class Function(Schema):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Schema):
+    type: Literal["function"]
+    function: Function
+
+
+class ResponseFormat(Schema):
+    type: str
+
+
+class ChatRequest(Sampling):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=256)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    store: bool | None = None
+    modalities: list[str] | None = None
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(Sampling):
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=128)] | Annotated[list[TokenIds], Field(min_length=1, max_length=128)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: int | None = None
+
+
+_SAMPLING: Mapping[str, Rule] = {
+    "model": honoured("required; must be one of `GET /v1/models`; never downloads"),
+    "max_tokens": honoured(">= 1; more than the context leaves is honoured by generating less"),
+    "temperature": honoured("0 to 2; 0 is greedy; absent: the model's `generation_config.json`, else 1"),
+    "top_p": honoured("0 to 1"),
+    "top_k": honoured(">= 0; 0 is off (extension)"),
+    "min_p": honoured("0 to 1, relative to the likeliest token (extension)"),
+    "presence_penalty": honoured("-2 to 2, over the reply so far"),
+    "frequency_penalty": honoured("-2 to 2, over the reply so far"),
+    "repetition_penalty": honoured("above 0 to 2, over prompt and reply (extension)"),
+    "seed": honoured("64-bit integer; the same draws in any batch"),
+    "stop": honoured("string or up to 16 strings of up to 256 characters; found across tokens, never shown; not searched in reasoning"),
+    "n": honoured("1 to 8, streamed too"),
+    "logit_bias": honoured("up to 1,024 token ids, -100 to 100"),
+    "stream": honoured(),
+    "stream_options": honoured("`include_usage`; only with `stream`"),
+    "user": noted("kept for nothing until there is an audit log"),
+    "structured_outputs": refused("structured output is not built yet"),
+    "guided_json": refused("structured output is not built yet"),
+    "guided_regex": refused("structured output is not built yet"),
+    "guided_choice": refused("structured output is not built yet"),
+    "guided_grammar": refused("structured output is not built yet"),
+    "api_base": refused("a request cannot choose where it is answered"),
+    "api_key": refused("a request cannot choose where it is answered"),
+    "priority": refused("priority follows from the key and the endpoint"),
+}
+
+CHAT_FIELDS: Mapping[str, Rule] = {
+    **_SAMPLING,
+    "messages": honoured("1 to 4,096; text parts; `developer` is read as `system`; `reasoning_content` and `reasoning` are accepted back"),
+    "max_completion_tokens": honoured("the same as `max_tokens`; different values of the two are refused"),
+    "logprobs": honoured("under the model's own distribution, before temperature and filters"),
+    "top_logprobs": honoured("0 to 20; only with `logprobs`"),
+    "tools": honoured("up to 256 functions; `strict: true` is refused until structured output is built"),
+    "tool_choice": honoured("`auto` and `none`; the others are refused until structured output is built"),
+    "parallel_tool_calls": honoured("false ends the reply after the first call"),
+    "response_format": honoured("`text`; the others are refused until structured output is built"),
+    "reasoning_effort": honoured("`none` switches reasoning off, any other value on, where the template has a switch"),
+    "enable_thinking": honoured("the template's switch, where it has one (extension)"),
+    "chat_template_kwargs": honoured("`enable_thinking`; other keys are refused (extension)"),
+    "store": honoured("false; true is refused: nothing is stored"),
+    "modalities": honoured("`[\"text\"]`"),
+    "metadata": noted("kept for nothing until there is an audit log"),
+    "safety_identifier": noted("kept for nothing until there is an audit log"),
+    "service_tier": noted("there is one tier"),
+    "prompt_cache_key": noted("a hint that is not needed"),
+    "prompt_cache_options": noted("a hint that is not needed"),
+    "prompt_cache_retention": noted("a hint that is not needed"),
+    "prediction": noted("a hint for speed"),
+    "verbosity": noted("models here have no such setting"),
+    "audio": refused("no model here speaks"),
+    "moderation": refused("nothing is moderated here"),
+    "web_search_options": refused("nothing is searched here"),
+    "functions": refused("use `tools`"),
+    "function_call": refused("use `tool_choice`"),
+    "chat_template": refused("templates come with the model only"),
+    "thinking_budget": refused("a budget for reasoning is not built yet"),
+}
+
+COMPLETION_FIELDS: Mapping[str, Rule] = {
+    **_SAMPLING,
+    "prompt": honoured("text, several texts, token ids, or several lists of them; choices come prompt by prompt"),
+    "echo": honoured("the prompt stands before the reply; not with `logprobs`"),
+    "logprobs": honoured("0 to 5"),
+    "best_of": honoured("only if equal to `n`"),
+    "suffix": refused("filling in the middle is not built yet"),
+}

@@ -1,0 +1,114 @@
+"""What is counted and traced: Prometheus series at `/metrics`, OpenTelemetry spans through Logfire. No prompt is in either.
+
+Nothing leaves the machine unless a Logfire token or an OTLP endpoint is configured.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import logfire
+from opentelemetry import trace
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mlx_manager.core.exchange import Exchange
+from mlx_manager.inference.engine.engine import Engine
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
+
+
+def configure_logfire() -> None:
+    """Silent without `LOGFIRE_TOKEN`; honours `OTEL_EXPORTER_OTLP_ENDPOINT`."""
+    logfire.configure(send_to_logfire="if-token-present", console=False, service_name="mlx-manager", inspect_arguments=False)
+
+
+class Metrics:
+    """Series of one process. `record` is an exchange listener."""
+
+    def __init__(self, engines: Callable[[], Mapping[str, Engine]]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engines))
+        labels = ("model", "backend")
+        self._requests = Counter(
+            "mlx_manager_requests", "Requests, by how they ended.", (*labels, "outcome"), registry=self._registry
+        )
+        self._tokens = Counter("mlx_manager_tokens", "Tokens of finished requests.", (*labels, "kind"), registry=self._registry)
+        self._duration = Histogram(
+            "mlx_manager_request_seconds", "From arrival to the last event.", labels, buckets=_SECONDS, registry=self._registry
+        )
+        self._first_token = Histogram(
+            "mlx_manager_time_to_first_token_seconds",
+            "From submission to the first token.",
+            labels,
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+
+    def record(self, exchange: Exchange) -> None:
+        # A refused request may name any model: only names of models that answered become labels.
+        model = exchange.model if exchange.outcome in ("ok", "cancelled") else ""
+        backend = exchange.backend or ""
+        self._requests.labels(model, backend, exchange.outcome).inc()
+        self._tokens.labels(model, backend, "prompt").inc(exchange.usage.prompt)
+        self._tokens.labels(model, backend, "cached").inc(exchange.usage.cached)
+        self._tokens.labels(model, backend, "completion").inc(exchange.usage.completion)
+        self._duration.labels(model, backend).observe(exchange.duration_s)
+        timing = exchange.timing
+        if timing is not None and timing.first_token is not None:
+            self._first_token.labels(model, backend).observe(timing.first_token - timing.submitted)
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the engines' own counters when asked."""
+
+    def __init__(self, engines: Callable[[], Mapping[str, Engine]]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        running = GaugeMetricFamily("mlx_manager_running_sequences", "Sequences being computed.", labels=("model",))
+        waiting = GaugeMetricFamily("mlx_manager_waiting_sequences", "Sequences waiting for a place.", labels=("model",))
+        steps = CounterMetricFamily("mlx_manager_decode_steps", "Forward passes that decoded.", labels=("model",))
+        decoded = CounterMetricFamily("mlx_manager_decoded_tokens", "Tokens decoded.", labels=("model",))
+        prefilled = CounterMetricFamily("mlx_manager_prefilled_tokens", "Prompt tokens computed.", labels=("model",))
+        faults = CounterMetricFamily("mlx_manager_engine_faults", "Times an engine failed its requests.", labels=("model",))
+        for model, engine in self._engines().items():
+            running.add_metric([model], engine.num_running)
+            waiting.add_metric([model], engine.num_waiting)
+            steps.add_metric([model], engine.counters.decode_steps)
+            decoded.add_metric([model], engine.counters.decoded_tokens)
+            prefilled.add_metric([model], engine.counters.prefilled_tokens)
+            faults.add_metric([model], engine.counters.faults)
+        yield from (running, waiting, steps, decoded, prefilled, faults)
+
+
+def trace_exchange(exchange: Exchange) -> None:
+    """Spans of one request: `generate`, and inside it `queue`, `prefill` and `decode`, where it got that far."""
+    tracer = trace.get_tracer("mlx_manager")
+    wall_ns, monotonic = time.time_ns(), time.monotonic()
+
+    def ns(moment: float) -> int:
+        return wall_ns - int((monotonic - moment) * 1e9)
+
+    attributes = {
+        "gen_ai.operation.name": "generate",
+        "gen_ai.request.model": exchange.model,
+        "gen_ai.usage.input_tokens": exchange.usage.prompt,
+        "gen_ai.usage.output_tokens": exchange.usage.completion,
+        "mlx_manager.backend": exchange.backend or "",
+        "mlx_manager.outcome": exchange.outcome,
+        "mlx_manager.cached_tokens": exchange.usage.cached,
+    }
+    root = tracer.start_span("generate", start_time=ns(monotonic - exchange.duration_s), attributes=attributes)
+    timing = exchange.timing
+    if timing is not None:
+        context = trace.set_span_in_context(root)
+        moments = (timing.submitted, timing.admitted, timing.first_token, timing.finished)
+        for name, begin, end in zip(("queue", "prefill", "decode"), moments, moments[1:], strict=False):
+            if begin is not None and end is not None:
+                tracer.start_span(name, context=context, start_time=ns(begin)).end(ns(end))
+    root.end(wall_ns)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlx_manager import doctor
-from mlx_manager.doctor import STARTER_DIR, Check, Device, examine
+from mlx_manager.config import BUNDLED_MODELS
+from mlx_manager.doctor import Check, Device, examine
 from mlx_manager.hub.checkpoint import Checkpoint
 from mlx_manager.hub.local import Catalogue, UnusableModel
 from mlx_manager.inference.blas import Blas
@@ -135,5 +136,5 @@ def test_an_sqlite_with_the_wal_bug_is_noticed() -> None:
 def test_a_lost_starter_model_is_noticed(tmp_path: Path) -> None:
     broken = UnusableModel("b", tmp_path / "b", "it has no config.json")
     assert doctor.models_check(Catalogue((model(tmp_path / "a"),), (broken,))).status == "warn"
-    check = doctor.models_check(Catalogue((model(tmp_path / "a"), model(STARTER_DIR / "starter")), (broken,)))
+    check = doctor.models_check(Catalogue((model(tmp_path / "a"), model(BUNDLED_MODELS / "starter")), (broken,)))
     assert check == Check("Models", "ok", "2 usable, 1 unusable")

@@ -21,7 +21,7 @@ from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
 from mlx_manager.hub.local import Catalogue, find_models, hub_cache_folder
 from mlx_manager.inference.engine.device import Device
-from mlx_manager.inference.loader import BatchLimits
+from mlx_manager.inference.loader import BatchLimits, import_libraries
 from mlx_manager.inference.pool import Pool
 from mlx_manager.storage.database import Database
 
@@ -52,9 +52,11 @@ async def running(services: Services) -> AsyncGenerator[Services]:
     """Starts what has to be started, and ends it in the opposite order."""
     await services.database.open()
     services.device.start()
+    importing = asyncio.create_task(asyncio.to_thread(import_libraries))
     try:
         yield services
     finally:
+        await importing
         await asyncio.to_thread(services.device.stop)
         await services.database.close()
 

@@ -18,13 +18,13 @@ from typing import Literal
 import psutil
 from huggingface_hub import constants
 
+from mlx_manager.config import BUNDLED_MODELS
 from mlx_manager.hub.local import Catalogue, hub_cache_folder
 from mlx_manager.inference.blas import Blas
 from mlx_manager.storage.database import SqliteVersion, has_wal_reset_bug, journal_mode
 
 MINIMUM_VERSIONS = {"mlx": (0, 32), "mlx-lm": (0, 32, 2)}
 """Before them, running out of Metal memory aborted the process, and a model's configuration could run code."""
-STARTER_DIR = Path(__file__).parent / "starter"
 GIB = 1 << 30
 LOW_MEMORY_BYTES = GIB
 LOW_DISK_BYTES = 2 * GIB
@@ -201,7 +201,7 @@ def hub_check() -> Check:
 
 def models_check(models: Catalogue) -> Check:
     found = f"{len(models.models)} usable, {len(models.unusable)} unusable"
-    if not any(model.path.is_relative_to(STARTER_DIR) for model in models.models):
+    if not any(model.path.is_relative_to(BUNDLED_MODELS) for model in models.models):
         return Check("Models", "warn", f"{found}, no starter model", "reinstall mlx-manager: its starter model comes with it")
     return Check("Models", "ok", found)
 

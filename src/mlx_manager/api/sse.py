@@ -105,6 +105,7 @@ class EventStream(Response):
         async for framed in self._events:
             await self._send_timed(send, _body(framed, more=True), clock())
             self._last_write = clock()
+            await asyncio.sleep(0)  # neither a ready event nor a write need wait, and then nobody else would run
 
     async def _send_timed(self, send: Send, message: Message, now: float) -> None:
         """Send, with the time noted for `_watch`: a timer of its own for every token would be dearer."""

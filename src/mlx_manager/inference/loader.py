@@ -1,4 +1,9 @@
-"""Checkpoint folder → model. Runs no code of the checkpoint: neither a model file nor a tokenizer of its own."""
+"""Checkpoint folder → model. Runs no code of the checkpoint: neither a model file nor a tokenizer of its own.
+
+transformers and mlx-lm take seconds to import. They are imported where they are used, so that the server listens and the
+command line answers before; `import_libraries` does it ahead of the first request.
+"""
+# ruff: noqa: PLC0415 - see above
 # pyright: basic
 
 import json
@@ -7,13 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.utils import load_model
-from transformers import AutoTokenizer
-
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
-from mlx_manager.inference.engine.runner import Runner
 from mlx_manager.inference.engine.scheduler import Scheduler
 from mlx_manager.inference.families.detect import detect
 
@@ -30,8 +31,18 @@ class BatchLimits:
 DEFAULT_CONTEXT_LENGTH = 32_768
 
 
+def import_libraries() -> None:
+    """Any thread."""
+    import mlx_lm.utils
+    import transformers
+
+    import mlx_manager.inference.engine.runner  # noqa: F401
+
+
 def load_dialect(path: Path, context_length: int | None) -> Dialect:
     """Everything but the weights; about half a second. Any thread."""
+    from transformers import AutoTokenizer
+
     config = _read_json(path / "config.json")
     text_config = config.get("text_config", config)
     defaults = _read_json(path / "generation_config.json")
@@ -54,6 +65,10 @@ def load_dialect(path: Path, context_length: int | None) -> Dialect:
 
 def load_engine(path: Path, dialect: Dialect, device: Device, limits: BatchLimits) -> Engine:
     """Reads the weights and makes the engine that runs them. On the device thread."""
+    from mlx_lm.utils import load_model
+
+    from mlx_manager.inference.engine.runner import Runner
+
     model, _ = load_model(path, trust_remote_code=False)
     runner = Runner(model, dialect.vocab_size)
     scheduler = Scheduler(max_sequences=limits.max_sequences if runner.can_batch else 1, prefill_budget=limits.prefill_budget)

@@ -52,18 +52,23 @@ async def running(services: Services) -> AsyncGenerator[Services]:
     """Starts what has to be started, and ends it in the opposite order."""
     await services.database.open()
     services.device.start()
-    importing = asyncio.create_task(asyncio.to_thread(import_libraries))
     try:
+        # Before the first request: two threads that import transformers at the same time break it.
+        await asyncio.to_thread(import_libraries)
         yield services
     finally:
-        await importing
         await asyncio.to_thread(services.device.stop)
         await services.database.close()
 
 
 def build(config: Config) -> FastAPI:
     """The application: one process, one port."""
-    services = build_services(config)
+    return application(build_services(config))
+
+
+def application(services: Services) -> FastAPI:
+    """The routes and what stands before them, with these services behind."""
+    config = services.config
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -124,7 +129,7 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         if self._services.gateway.num_in_flight:
-            log.info("waiting up to %.0f s for %d replies; Ctrl-C again ends them", self._drain_s, self._services.gateway.num_in_flight)
+            log.info("waiting up to %g s for %d replies; Ctrl-C again ends them", self._drain_s, self._services.gateway.num_in_flight)
         try:
             async with asyncio.timeout(self._drain_s):
                 await self._services.gateway.drain()

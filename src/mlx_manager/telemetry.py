@@ -4,10 +4,11 @@ Nothing leaves the machine unless a Logfire token or an OTLP endpoint is configu
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import logfire
 from opentelemetry import trace
+from opentelemetry.sdk.trace import SpanProcessor
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -18,9 +19,15 @@ from mlx_manager.inference.engine.engine import Engine
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 
 
-def configure_logfire() -> None:
-    """Silent without `LOGFIRE_TOKEN`; honours `OTEL_EXPORTER_OTLP_ENDPOINT`."""
-    logfire.configure(send_to_logfire="if-token-present", console=False, service_name="mlx-manager", inspect_arguments=False)
+def configure_logfire(processors: Sequence[SpanProcessor] = ()) -> None:
+    """Silent without `LOGFIRE_TOKEN`; honours `OTEL_EXPORTER_OTLP_ENDPOINT`. `processors` hear of every span as well."""
+    logfire.configure(
+        send_to_logfire="if-token-present",
+        console=False,
+        service_name="mlx-manager",
+        inspect_arguments=False,
+        additional_span_processors=processors,
+    )
 
 
 class Metrics:
@@ -30,9 +37,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engines))
         labels = ("model", "backend")
-        self._requests = Counter(
-            "mlx_manager_requests", "Requests, by how they ended.", (*labels, "outcome"), registry=self._registry
-        )
+        self._requests = Counter("mlx_manager_requests", "Requests, by how they ended.", (*labels, "outcome"), registry=self._registry)
         self._tokens = Counter("mlx_manager_tokens", "Tokens of finished requests.", (*labels, "kind"), registry=self._registry)
         self._duration = Histogram(
             "mlx_manager_request_seconds", "From arrival to the last event.", labels, buckets=_SECONDS, registry=self._registry
@@ -46,9 +51,9 @@ class Metrics:
         )
 
     def record(self, exchange: Exchange) -> None:
-        # A refused request may name any model: only names of models that answered become labels.
-        model = exchange.model if exchange.outcome in ("ok", "cancelled") else ""
-        backend = exchange.backend or ""
+        # A refused request may name any model: only names of models that somebody answers for become labels.
+        model = "" if exchange.backend is None else exchange.model
+        backend = "" if exchange.backend is None else exchange.backend
         self._requests.labels(model, backend, exchange.outcome).inc()
         self._tokens.labels(model, backend, "prompt").inc(exchange.usage.prompt)
         self._tokens.labels(model, backend, "cached").inc(exchange.usage.cached)
@@ -99,7 +104,7 @@ def trace_exchange(exchange: Exchange) -> None:
         "gen_ai.request.model": exchange.model,
         "gen_ai.usage.input_tokens": exchange.usage.prompt,
         "gen_ai.usage.output_tokens": exchange.usage.completion,
-        "mlx_manager.backend": exchange.backend or "",
+        "mlx_manager.backend": "" if exchange.backend is None else exchange.backend,
         "mlx_manager.outcome": exchange.outcome,
         "mlx_manager.cached_tokens": exchange.usage.cached,
     }

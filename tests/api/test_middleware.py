@@ -1,4 +1,6 @@
+import http.client
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin, new_request_id
-from tests.api.served import Served, ask, is_closed, read_reply, request, serve
+from tests.api.served import Served, ask, cut, is_closed, read_reply, request, serve, wait_until
 
 
 async def hello(scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,6 +43,20 @@ def test_every_reply_names_its_request_also_a_fault() -> None:
         assert error["error"]["type"] == "api_error"
         assert error["request_id"] == fault.headers["x-request-id"] == fault.headers["request-id"]
         assert b"secret" not in fault.body
+
+
+def test_a_fault_after_the_start_of_a_reply_is_not_answered_twice(caplog: pytest.LogCaptureFixture) -> None:
+    async def half(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("half way")
+
+    with serve(RequestId(half)) as served, served.connect() as client:
+        client.sendall(request())
+        with pytest.raises(http.client.IncompleteRead):
+            read_reply(client)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "half way"
 
 
 # Security headers
@@ -85,8 +101,18 @@ def status(served: Served, host: str | None, *, target: str = "/v1/models", **he
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "LocalHost", "localhost:PORT", "127.0.0.1", "127.0.0.1:PORT", "mac.local", "MAC.local:PORT", "nas:9000"]
-    + ["localhost:3000", "127.0.0.1:443"],  # the ports of allowed origins
+    [
+        "localhost",
+        "LocalHost",
+        "localhost:PORT",
+        "127.0.0.1",
+        "127.0.0.1:PORT",
+        "mac.local",
+        "MAC.local:PORT",
+        "nas:9000",
+        "localhost:3000",
+        "127.0.0.1:443",
+    ],  # the ports of allowed origins
 )
 def test_our_own_names_are_served(guarded: Served, host: str) -> None:
     assert status(guarded, host) == 200
@@ -94,12 +120,52 @@ def test_our_own_names_are_served(guarded: Served, host: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "evil.example:PORT", "localhost.", "localhost.:PORT", "127.0.0.1.", "mac.local.", "evil.mac.local", "a.localhost"]
-    + ["localhost.evil.example", "127.0.0.1.nip.io", "127.0.0.2", "0.0.0.0", "0.0.0.0:PORT", "10.0.0.1", "127.1", "2130706433", "0x7f.0.0.1"]
-    + ["[::1]", "[::1]:PORT", "::1", "[127.0.0.1]", "[localhost]", "[::ffff:10.0.0.1]"]
-    + ["localhost:1", "localhost:0", "localhost:", "localhost:99999", "localhost:PORT:PORT", "localhost:+PORT", "localhost:0PORT", "nas", "nas:9001"]
-    + ["user@localhost", "localhost@evil.example", "evil.example#localhost", "localhost/evil", "localhost\\evil", "localhost, evil.example"]
-    + ["localhost%00", "%6cocalhost", "l\xf6calhost", "", "-", "."],
+    [
+        "evil.example",
+        "evil.example:PORT",
+        "localhost.",
+        "localhost.:PORT",
+        "127.0.0.1.",
+        "mac.local.",
+        "evil.mac.local",
+        "a.localhost",
+        "localhost.evil.example",
+        "127.0.0.1.nip.io",
+        "127.0.0.2",
+        "0.0.0.0",
+        "0.0.0.0:PORT",
+        "10.0.0.1",
+        "127.1",
+        "2130706433",
+        "0x7f.0.0.1",
+        "[::1]",
+        "[::1]:PORT",
+        "::1",
+        "[127.0.0.1]",
+        "[localhost]",
+        "[::ffff:10.0.0.1]",
+        "localhost:1",
+        "localhost:0",
+        "localhost:",
+        "localhost:99999",
+        "localhost:PORT:PORT",
+        "localhost:+PORT",
+        "localhost:0PORT",
+        "nas",
+        "nas:9001",
+        "user@localhost",
+        "localhost@evil.example",
+        "evil.example#localhost",
+        "localhost/evil",
+        "localhost\\evil",
+        "localhost, evil.example",
+        "localhost%00",
+        "%6cocalhost",
+        "löcalhost",
+        "",
+        "-",
+        ".",
+    ],
 )
 @pytest.mark.parametrize("target", ["/v1/models", "/"])
 def test_other_names_are_not(guarded: Served, host: str, target: str) -> None:
@@ -134,8 +200,19 @@ def test_absolute_targets_pass_under_no_other_name(guarded: Served, target: str,
 
 @pytest.mark.parametrize(
     ("host", "expected"),
-    [("[::1]", 200), ("[::1]:PORT", 200), ("[0:0:0:0:0:0:0:1]:PORT", 200), ("localhost:PORT", 200)]
-    + [("::1", 403), ("[::1]:1", 403), ("[::2]", 403), ("[::1", 403), ("[::1%lo]", 403), ("127.0.0.1", 403), ("[::]", 403)],
+    [
+        ("[::1]", 200),
+        ("[::1]:PORT", 200),
+        ("[0:0:0:0:0:0:0:1]:PORT", 200),
+        ("localhost:PORT", 200),
+        ("::1", 403),
+        ("[::1]:1", 403),
+        ("[::2]", 403),
+        ("[::1", 403),
+        ("[::1%lo]", 403),
+        ("127.0.0.1", 403),
+        ("[::]", 403),
+    ],
 )
 def test_ipv6_names(guarded_v6: Served, host: str, expected: int) -> None:
     assert status(guarded_v6, host) == expected
@@ -166,10 +243,29 @@ def test_our_own_and_listed_origins_are_served(guarded: Served, host: str, origi
 
 @pytest.mark.parametrize(
     "origin",
-    ["null", "", "*", "https://evil.example", "http://evil.example:PORT", "http://localhost", "https://localhost:PORT", "http://localhost:1"]
-    + ["http://127.0.0.1:PORT", "http://chat.example", "https://chat.example:8443", "https://a.chat.example", "https://chat.example.evil.example"]
-    + ["https://chat.example.", "https://chat.example/", "https://user@chat.example", "file://", "chrome-extension://abc", "localhost:PORT"]
-    + ["http://localhost:PORT, http://evil.example", "http://localhost:PORT http://evil.example"],
+    [
+        "null",
+        "",
+        "*",
+        "https://evil.example",
+        "http://evil.example:PORT",
+        "http://localhost",
+        "https://localhost:PORT",
+        "http://localhost:1",
+        "http://127.0.0.1:PORT",
+        "http://chat.example",
+        "https://chat.example:8443",
+        "https://a.chat.example",
+        "https://chat.example.evil.example",
+        "https://chat.example.",
+        "https://chat.example/",
+        "https://user@chat.example",
+        "file://",
+        "chrome-extension://abc",
+        "localhost:PORT",
+        "http://localhost:PORT, http://evil.example",
+        "http://localhost:PORT http://evil.example",
+    ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_other_origins_are_not_and_learn_nothing(guarded: Served, origin: str, method: str) -> None:
@@ -207,10 +303,7 @@ def test_preflight() -> None:
         assert reply.status == 204
         assert reply.body == b""
         assert reply.headers["access-control-allow-origin"] == "https://chat.example"
-        assert (
-            reply.headers["access-control-allow-headers"]
-            == "authorization, content-type, x-api-key, x-stainless-os, anthropic-version"
-        )
+        assert reply.headers["access-control-allow-headers"] == "authorization, content-type, x-api-key, x-stainless-os, anthropic-version"
         assert "POST" in reply.headers["access-control-allow-methods"]
         assert ask(served, request("OPTIONS", origin="https://chat.example", target="/v1/models")).status == 401  # not a preflight
 
@@ -255,11 +348,45 @@ def test_the_public_list_needs_no_key(locked: Served, target: str) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["/v1/models", "/metrics", "/docs", "/openapi.json", "/nope", "/v1%2fmodels", "/v1/%6dodels", "//v1/models", "/v1//models", "/V1/MODELS"]
-    + ["/v1/models/", "/v1/./models", "/static/../v1/models", "/static/%2e%2e/v1/models", "/static/..", "/static//v1/models", "/static/"]
-    + ["/static", "/static/.", "/static/a/./b", "/static/..%2f..%2fv1/models", "/static/a%00", "/static/a%0a", "/static\\..\\v1/models"]
-    + ["/health/", "/HEALTH", "/health/ready/", "/health%2fready%2f", "/health/../v1/models", "/health;/v1/models", "/health%0a", "//", "/.", "/%00"]
-    + ["/v1/models?x=/health", "/v1/models#/health", "/STATIC/a"],
+    [
+        "/v1/models",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/nope",
+        "/v1%2fmodels",
+        "/v1/%6dodels",
+        "//v1/models",
+        "/v1//models",
+        "/V1/MODELS",
+        "/v1/models/",
+        "/v1/./models",
+        "/static/../v1/models",
+        "/static/%2e%2e/v1/models",
+        "/static/..",
+        "/static//v1/models",
+        "/static/",
+        "/static",
+        "/static/.",
+        "/static/a/./b",
+        "/static/..%2f..%2fv1/models",
+        "/static/a%00",
+        "/static/a%0a",
+        "/static\\..\\v1/models",
+        "/health/",
+        "/HEALTH",
+        "/health/ready/",
+        "/health%2fready%2f",
+        "/health/../v1/models",
+        "/health;/v1/models",
+        "/health%0a",
+        "//",
+        "/.",
+        "/%00",
+        "/v1/models?x=/health",
+        "/v1/models#/health",
+        "/STATIC/a",
+    ],
 )
 def test_everything_else_does_however_it_is_spelled(locked: Served, target: str) -> None:
     reply = ask(locked, request(target=target))
@@ -367,6 +494,15 @@ def test_a_body_declared_too_large_is_refused_before_it_comes(limited: Served, r
     assert reader.num_bytes == -1
 
 
+def test_a_client_that_sends_before_it_reads_gets_its_answer_and_a_clean_end(limited: Served) -> None:
+    with limited.connect() as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 300000\r\n\r\n")
+        time.sleep(0.1)
+        client.sendall(b"a" * 300_000)
+        assert read_reply(client, "POST").status == 413
+        assert client.recv(1000) == b""
+
+
 def test_a_client_that_waits_to_be_told_to_send_is_told_not_to(limited: Served) -> None:
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 100001\r\n\r\n"
     assert ask(limited, head).status == 413
@@ -392,7 +528,7 @@ def test_a_chunked_body_is_refused_at_the_limit(limited: Served, reader: Reader,
     assert ask(limited, request("POST", body=b"a")).body == b"1"
 
 
-def test_the_application_cannot_answer_a_refused_request_again() -> None:
+def test_the_application_cannot_answer_a_refused_request_again(caplog: pytest.LogCaptureFixture) -> None:
     async def stubborn(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -402,6 +538,7 @@ def test_the_application_cannot_answer_a_refused_request_again() -> None:
         client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nb\r\n" + b"a" * 11 + b"\r\n0\r\n\r\n")
         assert read_reply(client, "POST").status == 413
         assert client.recv(1000) == b""
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "zstd", "identity, gzip", "gzip, identity", "nonsense"])
@@ -414,3 +551,13 @@ def test_a_coded_body_is_refused(limited: Served, coding: str) -> None:
 @pytest.mark.parametrize("coding", ["identity", "Identity", ""])
 def test_a_plain_body_is_plain_whether_it_says_so_or_not(limited: Served, coding: str) -> None:
     assert ask(limited, request("POST", body=b"a", content_encoding=coding)).status == 200
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault(limited: Served, caplog: pytest.LogCaptureFixture) -> None:
+    client = limited.connect()
+    client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\na")
+    wait_until(lambda: limited.num_connections() == 1, within_s=1)
+    cut(client)
+    wait_until(lambda: limited.num_connections() == 0, within_s=1)
+    assert ask(limited, request()).status == 200
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

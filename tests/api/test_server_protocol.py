@@ -225,6 +225,45 @@ def test_a_reply_that_nobody_takes_is_thrown_away_with_its_connection(loop: str,
         assert len(ask(served, request()).body) == num_bytes
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_reply_that_is_taken_slowly_arrives_whole(loop: str) -> None:
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(b"a" * 20_000_000)(scope, receive, send)
+
+    with serve(large, http=receipt_deadlines(ReceiptLimits(stall_s=0.2)), loop=loop) as served:
+        with served.connect(receive_buffer=65536) as slow:
+            slow.sendall(request())
+            num_bytes = 0
+            while num_bytes < 20_000_000 and (taken := slow.recv(400_000)):
+                num_bytes += len(taken)
+                time.sleep(0.002)
+            assert num_bytes > 20_000_000
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_hardly_anything_waits_in_our_memory_for_a_client_that_does_not_read(loop: str) -> None:
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"a" * 1000, "more_body": True})
+            await asyncio.sleep(0)
+
+    with serve(endless, http=receipt_deadlines(ReceiptLimits(stall_s=0.5)), loop=loop) as served:
+        with served.connect(receive_buffer=4096) as deaf:
+            deaf.sendall(request())
+            wait_until(lambda: served.num_connections() == 1, within_s=1)
+            (connection,) = served.server.server_state.connections
+            wait_until(lambda: connection.transport.get_write_buffer_size() > 0, within_s=2)  # type: ignore[union-attr]
+            time.sleep(0.2)
+            assert 0 < connection.transport.get_write_buffer_size() < 10_000  # type: ignore[union-attr]
+            served.run(_cancel(served))
+
+
+async def _cancel(served: Served) -> None:
+    for task in served.server.server_state.tasks:
+        task.cancel()
+
+
 def test_one_peer_holds_no_more_than_its_share() -> None:
     limits = ReceiptLimits(max_connections_per_peer=3, may_exceed_connections=lambda address: False)
     with serve(echo, http=receipt_deadlines(limits)) as served:

@@ -85,7 +85,7 @@ def test_a_stream_arrives_whole_and_the_connection_is_used_again(loop: str) -> N
             assert reply.headers["cache-control"] == "no-cache"
             assert reply.headers["x-accel-buffering"] == "no"
             assert "content-length" not in reply.headers
-        assert len(feed.ended) == 3
+        wait_until(lambda: len(feed.ended) == 3, within_s=1)
 
 
 def test_pipelined_requests_are_streamed_one_after_the_other(loop: str) -> None:
@@ -96,7 +96,7 @@ def test_pipelined_requests_are_streamed_one_after_the_other(loop: str) -> None:
         while received.count(DONE) < 3:
             received += client.recv(65536)
         assert received.count(b"HTTP/1.1 200 OK") == 3
-        assert len(feed.ended) == 3
+        wait_until(lambda: len(feed.ended) == 3, within_s=1)
 
 
 @pytest.mark.parametrize("every_s", [0.002, 3600.0])
@@ -138,8 +138,9 @@ def test_a_cut_is_noticed_behind_a_pipelined_request(loop: str) -> None:
     feed = Feed(every_s=3600)
     with serve(streaming(feed), loop=loop) as served:
         client = served.connect()
-        client.sendall(numbered(1) + numbered(2))
+        client.sendall(numbered(1))
         wait_until(lambda: len(feed.started) == 1, within_s=2)
+        client.sendall(numbered(2))
         time.sleep(0.05)
         cut(client)
         assert wait_until(lambda: len(feed.ended) == 1, within_s=2) < 0.5
@@ -174,16 +175,16 @@ def test_a_client_that_never_reads_is_dropped(loop: str, every_s: float) -> None
             wait_until(lambda: len(feed.ended) == 1, within_s=4)
             wait_until(lambda: served.num_connections() == 0, within_s=1)
             assert is_closed(deaf)
-        assert served.num_tasks() == num_tasks
+        wait_until(lambda: served.num_tasks() == num_tasks, within_s=1)
 
 
 def test_a_client_that_never_reads_is_dropped_by_the_server_alone(loop: str) -> None:
     feed = Feed(every_s=0, size=100_000)
-    with serve(streaming(feed), http=receipt_deadlines(ReceiptLimits(stall_s=0.3)), loop=loop) as served:
-        with served.connect(receive_buffer=4096) as deaf:
-            deaf.sendall(POST)
-            wait_until(lambda: len(feed.ended) == 1, within_s=4)
-            wait_until(lambda: served.num_connections() == 0, within_s=1)
+    impatient = receipt_deadlines(ReceiptLimits(stall_s=0.3))
+    with serve(streaming(feed), http=impatient, loop=loop) as served, served.connect(receive_buffer=4096) as deaf:
+        deaf.sendall(POST)
+        wait_until(lambda: len(feed.ended) == 1, within_s=4)
+        wait_until(lambda: served.num_connections() == 0, within_s=1)
 
 
 def test_a_slow_reader_is_waited_for(loop: str) -> None:

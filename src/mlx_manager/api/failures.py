@@ -77,20 +77,27 @@ def error_response(request: Request, error: Exception) -> Response:
         type_=f.type_,
         code=f.code,
         param=param,
-        retry=f.retry,
+        retry=_is_first_try(request) if isinstance(error, EngineFault) else f.retry,
         retry_after_s=f.retry_after_s,
     )
+
+
+def _is_first_try(request: Request) -> bool:
+    """A fault of the engine may be the request's own: it is worth one more try, not three."""
+    return request.headers.get("x-stainless-retry-count", "0") == "0"
 
 
 def _http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: unknown paths and wrong methods."""
     assert isinstance(error, HTTPException)
     message = str(error.detail)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        message = f"This address does not know the method {request.method}. It knows: {headers.get('Allow', 'none')}."
     if error.status_code == 404:
         message = "There is nothing at this address."
         if request.url.path.startswith("/v1/v1/"):
             message += " Its base URL has one '/v1' too many."
-    headers = dict(error.headers or {})
     return ErrorResponse(request.scope, error.status_code, message, retry=False, headers=headers)
 
 
@@ -103,4 +110,4 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(MLXManagerError, error_response)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
-    app.add_exception_handler(Exception, error_response)
+    # What is not named here goes through to `RequestId`, which answers 500, and to the server, which logs it.

@@ -9,6 +9,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TypeVar
@@ -345,7 +346,7 @@ class BodyLimit:
                 return message
             is_refused = True
             if not has_started:
-                await self._answer_early(too_large, receive, send)
+                await self._answer_early(too_large, receive, send, is_all_here=not message.get("more_body", False))
             return {"type": "http.disconnect"}
 
         async def send_once(message: Message) -> None:
@@ -355,19 +356,14 @@ class BodyLimit:
             has_started = True
             await send(message)
 
-        try:
+        with suppress(ClientDisconnect):  # refused above or really gone: either way there is nobody left to answer
             await self.app(scope, receive_counted, send_once)
-        except ClientDisconnect:
-            if not is_refused:
-                raise
 
-    async def _answer_early(self, refusal: Response, receive: Receive, send: Send) -> None:
+    async def _answer_early(self, refusal: Response, receive: Receive, send: Send, *, is_all_here: bool = False) -> None:
         await send({"type": "http.response.start", "status": refusal.status_code, "headers": refusal.raw_headers})
         await send({"type": "http.response.body", "body": refusal.body, "more_body": True})
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(self.LINGER_S):
-                while (await receive()).get("more_body", False):
-                    pass
-        except TimeoutError:
-            pass
+                while not is_all_here:
+                    is_all_here = not (await receive()).get("more_body", False)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.api.failures import failure
-from mlx_manager.api.sse import DONE, EventStream, data, until_disconnect
+from mlx_manager.api.sse import DONE, KEEP_ALIVE, EventStream, data, until_disconnect
 from mlx_manager.core.errors import ModelNotFound
 from mlx_manager.core.events import Event, Reply, collect
 from mlx_manager.core.requests import GenerationRequest
@@ -32,8 +32,22 @@ _FINGERPRINT = f"mlx-manager-{version('mlx-manager')}"
 
 def _body(model: type[schema.Sampling]) -> dict[str, Any]:
     """The documented body. It is read by `protocols`, which knows the dialect's errors, and not by the framework."""
-    content = {"application/json": {"schema": model.model_json_schema(ref_template=f"#/components/schemas/{model.__name__}_{{model}}")}}
+    document = model.model_json_schema()
+    content = {"application/json": {"schema": _inlined(document, document.pop("$defs", {}))}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(value: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON Schema without references: inside an OpenAPI document they would point elsewhere."""
+    match value:
+        case {"$ref": str(reference)}:
+            return _inlined(definitions[reference.rsplit("/", 1)[-1]], definitions)
+        case dict():
+            return {key: _inlined(inner, definitions) for key, inner in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        case list():
+            return [_inlined(inner, definitions) for inner in value]  # pyright: ignore[reportUnknownVariableType]
+        case _:
+            return value
 
 
 @router.post("/v1/chat/completions", openapi_extra=_body(schema.ChatRequest))
@@ -74,10 +88,10 @@ async def _answer(request: Request, gateway: Gateway, wanted: Wanted, writer: Wr
     if not wanted.stream:
         reply = await until_disconnect(request.receive, _collect(gateway, wanted.request))
         return _json(writer.whole(reply), headers)
-    events = gateway.stream(wanted.request)
+    frames = _frames(gateway.stream(wanted.request), writer)
     # What can be refused is refused with a status; the reply is opened before anything slow begins.
-    opening = await until_disconnect(request.receive, _next(events))
-    return EventStream(_frames(opening, events, writer), headers=headers)
+    await until_disconnect(request.receive, _open(frames))
+    return EventStream(frames, headers=headers)
 
 
 async def _collect(gateway: Gateway, request: GenerationRequest) -> Reply:
@@ -85,16 +99,18 @@ async def _collect(gateway: Gateway, request: GenerationRequest) -> Reply:
         return await collect(events, len(request.prompts) * request.num_replies)
 
 
-async def _next(events: AsyncGenerator[Event]) -> Event:
-    return await anext(events)
+async def _open(frames: AsyncGenerator[bytes]) -> None:
+    await anext(frames)
 
 
-async def _frames(opening: Event, events: AsyncGenerator[Event], writer: Writer) -> AsyncGenerator[bytes]:
-    """The stream as bytes, ending in `[DONE]` or in one error."""
+async def _frames(events: AsyncGenerator[Event], writer: Writer) -> AsyncGenerator[bytes]:
+    """The stream as bytes, ending in `[DONE]` or in one error. The first item is empty: once it is there, nothing can be refused
+    with a status any more, and closing this closes `events`."""
     async with aclosing(events):
+        opening = await anext(events)
+        yield b""
         try:
-            for chunk in writer.chunks(opening):
-                yield _frame(chunk)
+            yield b"".join(_frame(chunk) for chunk in writer.chunks(opening)) or KEEP_ALIVE
             async for event in events:
                 for chunk in writer.chunks(event):
                     yield _frame(chunk)

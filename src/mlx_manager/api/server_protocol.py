@@ -16,7 +16,8 @@ from http import HTTPStatus
 from typing import ClassVar, Literal
 
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from .errors import envelope
 from .middleware import literal_address, new_request_id
@@ -97,6 +98,7 @@ class ReceiptDeadlines(HttpToolsProtocol):
     _receiving: Literal["nothing", "headers", "body"] = "nothing"
     _deadline: TimerHandle | None = None
     _stall: TimerHandle | None = None
+    _running: RequestResponseCycle | None = None
     _num_header_bytes = 0
     _refusal = BadRequest("Invalid HTTP request.")
 
@@ -117,6 +119,10 @@ class ReceiptDeadlines(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_timers()
+        if self._running is not None and not self._running.response_complete:
+            # uvicorn tells the newest request only, which on a pipelined connection waits behind this one.
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def handle_websocket_upgrade(self) -> None:
@@ -165,6 +171,10 @@ class ReceiptDeadlines(HttpToolsProtocol):
         if 0 < len(self.pipeline) <= _MAX_PIPELINED:
             # uvicorn stops reading here, and would not see the client of the running request leave.
             self.flow.resume_reading()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_complete(self) -> None:
         self._receiving = "nothing"

@@ -131,7 +131,9 @@ class EventStream(Response):
             due = self._last_write + self._keep_alive_s
             if self._write_began is not None:
                 due = self._write_began + self._send_timeout_s
-            done, _ = await asyncio.wait({writing, leaving}, timeout=max(due - clock(), 0), return_when=asyncio.FIRST_COMPLETED)
+            # A write may begin, and block, just after this look.
+            timeout = min(max(due - clock(), 0), self._send_timeout_s)
+            done, _ = await asyncio.wait({writing, leaving}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if done:
                 return
             now = clock()

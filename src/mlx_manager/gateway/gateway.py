@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, contextmanager
 
-from mlx_manager.core.errors import Overloaded, RequestError
+from mlx_manager.core.errors import EngineFault, Overloaded, RequestError
 from mlx_manager.core.events import Event, Finished, Started, Usage
 from mlx_manager.core.exchange import Exchange, ExchangeListener, Outcome
 from mlx_manager.core.requests import GenerationRequest
@@ -28,17 +28,21 @@ class Gateway:
         """The events of the reply. Raises `core.errors`; closing the iterator early cancels the request."""
         began = time.monotonic()
         outcome: Outcome = "cancelled"  # until something else is known: whoever goes away closes us in between
+        backend: str | None = None
         error_name: str | None = None
         usage, end = Usage(), None
-        self._admit()
         try:
-            async with aclosing(self._backend.stream(request)) as events:
-                async for event in events:
-                    if isinstance(event, Started):
-                        usage = Usage(prompt=event.prompt_tokens)
-                    elif isinstance(event, Finished):
-                        end, usage, outcome = event, event.usage, "ok"
-                    yield event
+            with self._place():
+                async with aclosing(self._backend.stream(request)) as events:
+                    async for event in events:
+                        backend = self._backend.name
+                        if isinstance(event, Started):
+                            usage = Usage(prompt=event.prompt_tokens)
+                        elif isinstance(event, Finished):
+                            end, usage, outcome = event, event.usage, "ok"
+                        yield event
+                if end is None:
+                    raise EngineFault("The reply ended before it was complete.")
         except RequestError as error:
             outcome, error_name = "client_error", type(error).__name__
             raise
@@ -46,12 +50,9 @@ class Gateway:
             outcome, error_name = "server_error", type(error).__name__
             raise
         finally:
-            self.num_in_flight -= 1
-            if self.num_in_flight == 0:
-                self._idle.set()
             exchange = Exchange(
                 model=request.model,
-                backend=self._backend.name,
+                backend=backend,
                 outcome=outcome,
                 duration_s=time.monotonic() - began,
                 usage=usage,
@@ -61,13 +62,21 @@ class Gateway:
             for listen in self._listeners:
                 listen(exchange)
 
-    def _admit(self) -> None:
+    @contextmanager
+    def _place(self) -> Generator[None]:
+        """One of the places for requests under way. Raises `Overloaded` if there is none to be had."""
         if self._draining:
             raise Overloaded("The server is shutting down.", retry_after_s=5)
         if self.num_in_flight >= self._max_requests:
             raise Overloaded(f"The server is working on {self._max_requests} requests already. Please try again.")
         self.num_in_flight += 1
         self._idle.clear()
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+            if self.num_in_flight == 0:
+                self._idle.set()
 
     async def drain(self) -> None:
         """Admits nobody any more and waits until the last reply is out."""
@@ -77,5 +86,3 @@ class Gateway:
     @property
     def is_draining(self) -> bool:
         return self._draining
-
-

@@ -1,7 +1,8 @@
 """How a model reads and writes: tokenizer, template, family, defaults. Needs its configuration, not its weights."""
 
+import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -114,10 +115,27 @@ class Dialect:
             logit_bias=asked.logit_bias,
         )
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _describe(self, token: int) -> tuple[str, bytes]:
-        """A token as text, and as the bytes that it stands for."""
+        """A token as text, and as the bytes that it stands for: a part of a character is no text, but has its bytes."""
         text = self._decode([token])
-        return text, text.encode()
+        return text, _bytes_spelt(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text.encode()
+
+
+def _bytes_spelt(piece: str) -> bytes:
+    """The bytes of a vocabulary entry: `<0xE2>` as SentencePiece spells one, or a character for each as byte-level BPE does."""
+    if spelt := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes([int(spelt[1], 16)])
+    return b"".join(_BYTE_OF[c] if c in _BYTE_OF else c.encode() for c in piece)
+
+
+def _byte_characters() -> Mapping[str, bytes]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): bytes([b]) for b in printable} | {chr(0x100 + i): bytes([b]) for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()

@@ -100,12 +100,14 @@ class Pool:
             read = asyncio.to_thread(load_dialect, checkpoint.path, checkpoint.context_length)
             entry.dialect = asyncio.create_task(read)
             entry.dialect.add_done_callback(_seen)
+        reading = entry.dialect
         try:
-            return await asyncio.shield(entry.dialect)
+            return await asyncio.shield(reading)
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            entry.dialect = None
+            if entry.dialect is reading:  # another who waited for it may have begun anew
+                entry.dialect = None
             entry.error = f"its tokenizer or configuration could not be read ({type(error).__name__})"
             log.exception("model %s: the tokenizer or configuration could not be read", model_id)
             raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
@@ -139,9 +141,9 @@ class Pool:
         except ModelLoadFailed:
             raise
         except Exception as error:
-            entry.error = f"its weights could not be read ({type(error).__name__}: {error})"
+            entry.error = f"its weights could not be read ({error})".replace(f"{entry.checkpoint.path}/", "")
             log.exception("model %s could not be loaded", model_id)
-            raise ModelLoadFailed(f"The model '{model_id}' could not be loaded.") from error
+            raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
         else:
             entry.load_s = time.monotonic() - started
             entry.model = LocalModel(dialect, engine)

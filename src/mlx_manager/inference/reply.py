@@ -62,18 +62,21 @@ class ReplyReader:
         if token.logprob is not None:
             top = tuple(TokenLogprob(*self._describe(t), logprob) for t, logprob in token.top)
             self._unread.append(_Unread(TokenLogprob(*self._describe(token.token), token.logprob, top), len(text)))
-        if self._splitter is None:
-            return self._events([Text(text)] if text else [])
-        pieces = self._splitter.feed(text)
-        if self._splitter.is_reasoning:
+        pieces = self._pieces(text)
+        if self._splitter is not None and self._splitter.is_reasoning:
             self.num_reasoning_tokens += 1
         return self._events(pieces)
 
     def finish(self, reason: EndReason, *, at_context_end: bool) -> list[Event]:
         """The rest, and how it ended: `reason` is the engine's, which knows nothing of strings and calls."""
         events: list[Event] = []
-        if not self.ended and self._splitter is not None:
-            events += self._events(self._splitter.finish())
+        if not self.ended:
+            text = self._detokenizer.finish()
+            if self._unread:
+                self._unread[-1].num_chars += len(text)
+            events += self._events(self._pieces(text))
+            if self._splitter is not None:
+                events += self._events(self._splitter.finish())
         if not self.ended and (text := self._stop.flush()):
             events.append(self._text_delta(text))
         final: FinishReason
@@ -84,6 +87,11 @@ class ReplyReader:
         else:
             final = "tool_calls" if self._num_calls else "stop"
         return [*events, ChoiceFinished(final, self._choice, self._stop.matched)]
+
+    def _pieces(self, text: str) -> list[Piece]:
+        if self._splitter is not None:
+            return self._splitter.feed(text)
+        return [Text(text)] if text else []
 
     def _events(self, pieces: Sequence[Piece]) -> list[Event]:
         events: list[Event] = []

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
+from mlx_manager.core.errors import EngineFault
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -32,12 +34,15 @@ class Device:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._engines: list[Steppable] = []
         self._thread = threading.Thread(target=self._loop, name="mlx-device", daemon=True)
+        self._stopping = False
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the turn it is in. What still runs gets no more tokens: drain first."""
+        """Ends the thread after the turn it is in and the work that was posted before. What still runs gets no more tokens:
+        drain first."""
+        self._stopping = True
         if self._thread.is_alive():
             self._inbox.put(None)
             self._thread.join()
@@ -46,12 +51,16 @@ class Device:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def post(self, work: Callable[[], None]) -> None:
-        """Runs `work` on the device thread before its next turn; returns at once."""
+    def post(self, work: Callable[[], None]) -> bool:
+        """Runs `work` on the device thread before its next turn; returns at once. False if the device has stopped: it never runs."""
+        if self._stopping:
+            return False
         self._inbox.put(work)
+        return True
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the device thread and gives back what it returns or raises. `work` runs even if the caller goes."""
+        """Runs `work` on the device thread and gives back what it returns or raises. `work` runs even if the caller goes.
+        Raises `EngineFault` once the device has stopped."""
         future: Future[T] = Future()
 
         def settle() -> None:
@@ -60,7 +69,8 @@ class Device:
             except BaseException as error:  # noqa: BLE001 - it is the caller's, not this loop's
                 future.set_exception(error)
 
-        self.post(settle)
+        if not self.post(settle):
+            raise EngineFault("The server is shutting down.")
         return await asyncio.shield(asyncio.wrap_future(future))
 
     def attach(self, engine: Steppable) -> None:
@@ -72,17 +82,29 @@ class Device:
         self._engines.remove(engine)
 
     def _loop(self) -> None:
-        while True:
-            idle = not any(engine.has_work for engine in self._engines)
-            try:
-                while True:
-                    work = self._inbox.get(block=idle)
-                    if work is None:
-                        return
-                    work()
-                    idle = False
-            except queue.Empty:
-                pass
+        while self._empty_inbox(wait=not any(engine.has_work for engine in self._engines)):
             for engine in list(self._engines):
                 if engine.has_work:
-                    engine.step()
+                    _guarded(engine.step)
+
+    def _empty_inbox(self, *, wait: bool) -> bool:
+        """Does the work that was posted, after waiting for some if there is nothing else to do. False at the end."""
+        goes_on = True
+        try:
+            while True:
+                work = self._inbox.get(block=wait)
+                wait = False
+                if work is None:
+                    goes_on = False
+                else:
+                    _guarded(work)
+        except queue.Empty:
+            return goes_on
+
+
+def _guarded(work: Callable[[], None]) -> None:
+    """Nothing that one engine does may end the thread that all of them need."""
+    try:
+        work()
+    except Exception:
+        log.exception("work on the device thread failed")

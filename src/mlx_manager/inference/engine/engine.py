@@ -4,14 +4,15 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence as Items
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlx_manager.core.errors import EngineFault
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.scheduler import Chunk, Scheduler
-from mlx_manager.inference.engine.sequence import EndReason, Ended, Sequence, SequenceSpec, Token
+from mlx_manager.inference.engine.sequence import Ended, EndReason, Sequence, SequenceSpec, Token
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +20,11 @@ Item = Token | Ended | EngineFault
 
 
 class ForwardPasses(Protocol):
-    """What the engine needs of a `Runner`. Type parameters aside, a test can put its own in."""
+    """What the engine needs of a `Runner`. What `decode` returns comes back to `read`, untouched."""
 
     def prefill(self, chunk: Chunk) -> None: ...
     def decode(self, rows: Items[Sequence]) -> "PendingStep": ...
-    def read(self, pending: "PendingStep") -> list[Token]: ...
+    def read(self, pending: Any) -> list[Token]: ...
     def forget(self, sequence: Sequence) -> None: ...
     def clear(self) -> None: ...
 
@@ -63,7 +64,7 @@ class TokenStream(AsyncIterator[Token | Ended]):
         item = self._items.popleft()
         if isinstance(item, EngineFault):
             self._running.clear()
-            raise item
+            raise EngineFault(item.message) from item.__cause__  # one of its own: others may be told of the same fault
         if isinstance(item, Ended):
             self._running.pop(item.index, None)
         return item
@@ -114,7 +115,8 @@ class Engine:
                 self._streams[sequence] = stream
                 self._scheduler.add(sequence)
 
-        self._device.post(add)
+        if not self._device.post(add):
+            stream.deliver(EngineFault("The server is shutting down."))
         return stream
 
     def cancel(self, sequence: Sequence) -> None:
@@ -122,7 +124,7 @@ class Engine:
 
     def abort(self, fault: EngineFault) -> None:
         """Ends every sequence, its stream with `fault`."""
-        self._device.post(lambda: _hand_over(self._fail_all(fault)))
+        self._device.post(lambda: self._hand_over(self._fail_all(fault)))
 
     @property
     def num_running(self) -> int:
@@ -149,7 +151,7 @@ class Engine:
             fault = EngineFault("The engine failed while it was working on this request.")
             fault.__cause__ = error
             deliveries += self._fail_all(fault)
-        _hand_over(deliveries)
+        self._hand_over(deliveries)
 
     def _advance(self, deliveries: list[Delivery]) -> None:
         plan = self._scheduler.plan()
@@ -197,17 +199,19 @@ class Engine:
         self._runner.clear()
         return [(stream, fault) for stream in streams]
 
+    def _hand_over(self, deliveries: list[Delivery]) -> None:
+        """All of a step's items cross to their event loop in one call. Work for a loop that is gone is dropped."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
+        for delivery in deliveries:
+            by_loop.setdefault(delivery[0].loop, []).append(delivery)
+        for loop, batch in by_loop.items():
 
-def _hand_over(deliveries: list[Delivery]) -> None:
-    """All of a step's items cross to their event loop in one call."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
-    for delivery in deliveries:
-        by_loop.setdefault(delivery[0].loop, []).append(delivery)
-    for loop, batch in by_loop.items():
+            def deliver(batch: list[Delivery] = batch) -> None:
+                for stream, item in batch:
+                    stream.deliver(item)
 
-        def deliver(batch: list[Delivery] = batch) -> None:
-            for stream, item in batch:
-                stream.deliver(item)
-
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(deliver)
+            try:
+                loop.call_soon_threadsafe(deliver)
+            except RuntimeError:  # the loop is closed; asking first would leave a moment in which it closes
+                for sequence in [s for s, stream in self._streams.items() if stream.loop is loop]:
+                    self._drop(sequence)

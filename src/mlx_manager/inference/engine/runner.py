@@ -84,8 +84,8 @@ class Runner:
         self._prefilled.pop(sequence, None)
 
     def clear(self) -> None:
-        """Empties the batch: nobody decodes any more."""
-        if self._rows:
+        """Empties the batch: nobody decodes any more. A pass that failed half-way may have left a row's cache without its row."""
+        if self._rows or self._cache.layers:
             self._rows = []
             self._inputs = None
             self._cache.keep([])

@@ -17,6 +17,8 @@ from mlx_manager.inference.engine.sequence import Sequence
 _MASK = 2**64 - 1
 # Halvings of [0, 1]: the cut is found to 2^-32 of the likeliest token's probability, finer than float32 tells apart.
 _BISECTIONS = 32
+# Below this a draw is the likeliest token to the last bit of float32, and dividing by less overflows.
+_COLDEST = 1e-6
 
 
 def uniform(seed: int, position: int) -> float:
@@ -87,9 +89,9 @@ class Sampler:
         self._greedy = mx.array([p.temperature == 0 for p in params])
         self._all_greedy = all(p.temperature == 0 for p in params)
         self._filters = any(p.filters for p in params)
-        self._temperature = column([p.temperature or 1.0 for p in params])
+        self._temperature = column([max(p.temperature, _COLDEST) for p in params])
         self._min_p = column([p.min_p for p in params])
-        self._top_k = column([p.top_k or self._vocab_size for p in params])
+        self._top_k = column([p.top_k if p.top_k > 0 else self._vocab_size for p in params])
         self._top_p = column([p.top_p for p in params])
         self._repetition = column([p.repetition_penalty for p in params])
         self._presence = column([p.presence_penalty for p in params])
@@ -128,8 +130,9 @@ class Sampler:
         weights = mx.exp(scaled - mx.max(scaled, axis=-1, keepdims=True))  # the likeliest token weighs 1
         if self._filters:
             weights = self._filtered(weights)
-        cumulative = mx.cumsum(weights, axis=-1)
-        reached = cumulative >= draws[:, None] * cumulative[:, -1:]
+        # A parallel scan may round its way up over a token of no weight: such a token is never reached.
+        cumulative = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0.0)
+        reached = cumulative >= draws[:, None] * mx.max(cumulative, axis=-1, keepdims=True)
         return mx.argmax(reached, axis=-1).astype(mx.int32)
 
     def _filtered(self, weights: mx.array) -> mx.array:
@@ -137,9 +140,7 @@ class Sampler:
         in_top_k = weights >= _cut(lambda cut: mx.sum(weights >= cut, axis=-1, keepdims=True) >= self._top_k, weights)
         weights = mx.where(in_top_k, weights, 0.0)
         wanted = self._top_p * mx.sum(weights, axis=-1, keepdims=True)
-        in_top_p = weights >= _cut(
-            lambda cut: mx.sum(mx.where(weights >= cut, weights, 0.0), axis=-1, keepdims=True) >= wanted, weights
-        )
+        in_top_p = weights >= _cut(lambda cut: mx.sum(mx.where(weights >= cut, weights, 0.0), axis=-1, keepdims=True) >= wanted, weights)
         # Rounding must not shave the tail off a row that asked for all of it.
         return mx.where(in_top_p | (self._top_p >= 1.0), weights, 0.0)
 
@@ -163,4 +164,4 @@ def _cut(keeps_enough, weights: mx.array) -> mx.array:
         middle = (low + high) / 2
         enough = keeps_enough(middle)
         low, high = mx.where(enough, middle, low), mx.where(enough, high, middle)
-    return low
+    return mx.minimum(low, 1.0)  # the likeliest token always stays, even with a top-p of 0

@@ -23,11 +23,11 @@ _TEMPLATE_SIGNS: tuple[tuple[str, ToolFormat], ...] = (
 )
 
 
-def detect(config: Mapping[str, Any], chat_template: str | None) -> Family:
-    """The family of a checkpoint; one that nobody knows still chats, with what its template gives away."""
+def detect(config: Mapping[str, Any], chat_template: str | Mapping[str, str] | None) -> Family:
+    """The family of a checkpoint; one that nobody knows still chats, with what its template (or its several, by name) gives away."""
     model_type = str(config.get("model_type", ""))
     family = next((f for f in FAMILIES if model_type in f.model_types), None)
-    template = chat_template or ""
+    template = chat_template if isinstance(chat_template, str) else "\n".join((chat_template or {}).values())
     signs = next((tool_format for sign, tool_format in _TEMPLATE_SIGNS if sign in template), None)
     thinking = "enable_thinking" if "enable_thinking" in template else None
     if family is None:

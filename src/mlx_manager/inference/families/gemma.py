@@ -6,4 +6,5 @@ GEMMA = Family(
     model_types=frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"}),
     tool_format=pythonic,
     stop_tokens=("<end_of_turn>", "<eos>"),
+    turn_tokens=("<start_of_turn>",),
 )

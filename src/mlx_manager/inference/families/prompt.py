@@ -36,7 +36,8 @@ class Tokenizer(Protocol):
     @property
     def added_tokens_decoder(self) -> Mapping[int, "AddedToken"]: ...
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
     def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> str: ...
     def get_vocab(self) -> dict[str, int]: ...
 
@@ -55,7 +56,9 @@ class PromptRenderer:
     def __init__(self, tokenizer: Tokenizer, family: Family) -> None:
         self._tokenizer = tokenizer
         self._family = family
-        control = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+        turns = {*family.stop_tokens, *family.turn_tokens}
+        added = tokenizer.added_tokens_decoder.values()
+        control = sorted((t.content for t in added if t.special or t.content in turns), key=len, reverse=True)
         self._control = re.compile("|".join(re.escape(c) for c in control)) if control else None
 
     def render(self, prompt: Prompt) -> Rendered:
@@ -80,16 +83,15 @@ class PromptRenderer:
         options = self._options(conversation.template_options)
         messages = [self._message(m) for m in conversation.messages]
         tools = [self._tool(t) for t in conversation.tools] or None
-        try:
-            return self._apply(messages, tools, options)
-        except Exception as error:  # noqa: BLE001 - templates are programs of strangers and fail in any way
-            if options:
+        if options:
+            try:
+                return self._apply(messages, tools, options)
+            except Exception:
                 log.warning("the chat template failed with %s; rendering without", sorted(options), exc_info=True)
-                try:
-                    return self._apply(messages, tools, {})
-                except Exception as without:  # noqa: BLE001
-                    error = without
-            reason = str(error) if isinstance(error, TemplateError) else "it failed"
+        try:
+            return self._apply(messages, tools, {})
+        except Exception as error:
+            reason = str(error).rstrip(".") if isinstance(error, TemplateError) else "it failed"
             raise InvalidField(f"The model's chat template refuses these messages: {reason}.", param="messages") from error
 
     def _apply(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: Mapping[str, Any]) -> str:
@@ -105,11 +107,15 @@ class PromptRenderer:
             out["reasoning_content"] = self._defused(message.reasoning)
         if message.tool_calls:
             out["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": self._defused(c.name), "arguments": self._arguments(c.arguments)}}
+                {
+                    "id": self._defused(c.id),
+                    "type": "function",
+                    "function": {"name": self._defused(c.name), "arguments": self._arguments(c.arguments)},
+                }
                 for c in message.tool_calls
             ]
         if message.tool_call_id is not None:
-            out["tool_call_id"] = message.tool_call_id
+            out["tool_call_id"] = self._defused(message.tool_call_id)
         if message.name is not None:
             out["name"] = self._defused(message.name)
         return out

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from mlx_manager.core.requests import ToolSpec
-from mlx_manager.inference.families.family import Call, Family, Tag
+from mlx_manager.inference.families.family import Call, Family, Section, Tag
+
+# Characters by which a format tells that text is no call: more would make every token's look at a long call cost its length.
+_LOOK_AHEAD = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,12 @@ Piece = Text | Reasoning | Calls | Markup
 
 
 class _In(Enum):
-    START = auto()  # nothing but white space so far: reasoning may open, or the whole reply may be a call
+    START = auto()  # nothing but white space so far: reasoning may open, or a call without a mark begin
     TEXT = auto()
     REASONING_START = auto()  # just opened: white space belongs to the tag
     REASONING = auto()
     REASONED = auto()  # just closed: white space belongs to the tag, and the reply begins
     CALL = auto()
-    BARE_CALL = auto()  # a call without a mark: the whole rest of the reply, if it is one
     CALLED = auto()  # white space between calls is nobody's
 
 
@@ -65,7 +67,7 @@ class Splitter:
         self._tools = tools
         self._format = family.tool_format if tools else None
         self._state = _In.REASONING_START if opened else _In.START
-        self._tag = opened
+        self._tag: Tag | None = opened
         self._held = ""
         self._search_from = 0  # in a call section: where an unseen end marker can begin at the earliest
 
@@ -102,7 +104,7 @@ class Splitter:
                 return self._open(out, final=final)
             case _In.REASONING:
                 return self._think(out, final=final)
-            case _In.CALL | _In.BARE_CALL:
+            case _In.CALL:
                 return self._call(out, final=final)
             case _In.CALLED:
                 return self._between_calls(out, final=final)
@@ -114,34 +116,29 @@ class Splitter:
     def _begin(self, out: list[Piece], *, final: bool) -> bool:
         body = self._held.lstrip()
         blank = len(self._held) - len(body)
+        after_reasoning = self._state is _In.REASONED
         if not body:
             if not final:
                 return False
-            if self._state is _In.REASONED:
-                out.append(Markup(len(self._take(blank))))
-            else:
-                out.append(Text(self._take(blank)))
+            out.append(Markup(len(self._take(blank))) if after_reasoning else Text(self._take(blank)))
             return True
-        openers = [tag for tag in self._family.reasoning_tags if self._state is _In.START]
+        openers = () if after_reasoning else self._family.reasoning_tags
         for tag in openers:
             if body.startswith(tag.open):
                 out.append(Markup(len(self._take(blank + len(tag.open)))))
                 self._tag, self._state = tag, _In.REASONING_START
                 return True
-        marks = [tag.open for tag in openers]
-        if self._format is not None:
-            if self._format.start:
-                marks.append(self._format.start)
-                if body.startswith(self._format.start):
-                    out.append(Markup(len(self._take(blank))))
-                    self._state, self._search_from = _In.CALL, 0
-                    return True
-            elif self._format.may_begin(body):
-                self._state = _In.BARE_CALL
-                return True
-        if not final and any(mark.startswith(body) for mark in marks):
+        if not final and any(tag.open.startswith(body) for tag in openers):
             return False
-        if self._state is _In.REASONED and blank:
+        if self._format is not None and not self._format.start and self._format.may_begin(body[:_LOOK_AHEAD]):
+            if not final:
+                return False
+            section = self._format.parse(body, self._tools)
+            if section is not None:
+                out.append(Calls(section.calls, len(self._take(blank + section.num_chars))))
+                self._state = _In.CALLED
+                return True
+        if after_reasoning and blank:
             out.append(Markup(len(self._take(blank))))
         self._state = _In.TEXT
         return True
@@ -201,43 +198,42 @@ class Splitter:
         return bool(ready)
 
     def _call(self, out: list[Piece], *, final: bool) -> bool:
+        """From the mark that opens a call, white space before it included."""
         assert self._format is not None
         start, end = self._format.start, self._format.end
         begin = self._held.find(start) + len(start)
-        if not end:
-            if not final:
-                if self._state is _In.BARE_CALL and not self._format.may_begin(self._held):
-                    self._state = _In.TEXT
-                    return True
-                return False
-            return self._settle(out, self._held[begin:], len(self._held))
-        at = self._held.find(end, max(begin, self._search_from))
-        if at < 0:
-            body = self._held[begin:]
-            if not final and self._format.may_begin(body):
-                self._search_from = max(begin, len(self._held) - len(end) + 1)
-                return False
-            # Unclosed: some models leave the last mark out. Or it never was a call, only a mention of one.
-            return self._settle(out, body, len(self._held) if final else begin)
-        calls = self._format.parse(self._held[begin:at], self._tools)
-        if calls is None and self._held.find(end, at + 1) >= 0:
-            self._search_from = at + 1  # the mark may stand inside an argument
-            return True
-        if calls is None and not final and self._format.may_begin(self._held[begin:at]):
-            self._search_from = at + 1
+        if not self._format.may_begin(self._held[begin : begin + _LOOK_AHEAD]):
+            return self._mention(out, begin)
+        at = self._held.find(end, max(begin, self._search_from)) if end else -1
+        if at < 0 and not final:
+            self._search_from = max(begin, len(self._held) - len(end) + 1)
             return False
-        return self._settle(out, self._held[begin:at], at + len(end), calls)
-
-    def _settle(self, out: list[Piece], body: str, num_chars: int, calls: list[Call] | None = None) -> bool:
-        """The section is over: calls if it holds any, otherwise the text that it is."""
-        assert self._format is not None
-        calls = calls or (self._format.parse(body, self._tools) if body else None)
-        if calls:
-            out.append(Calls(tuple(calls), len(self._take(num_chars))))
+        body = self._held[begin:] if at < 0 else self._held[begin:at]  # some models leave the last mark out
+        section = self._parse(body)
+        if section is not None:
+            closing = 0 if at < 0 else len(end)
+            out.append(Calls(section.calls, len(self._take(begin + section.num_chars + closing))))
             self._state = _In.CALLED
-        else:
-            out.append(Text(self._take(num_chars)))
-            self._state = _In.TEXT
+            return True
+        if at >= 0 and self._format.is_open(body):
+            self._search_from = at + 1
+            return True
+        return self._mention(out, begin)
+
+    def _parse(self, body: str) -> Section | None:
+        assert self._format is not None
+        section = self._format.parse(body, self._tools)
+        if section is not None or self._format.start not in body:
+            return section
+        # Some models open the next call without closing the one before.
+        parts = [self._format.parse(part, self._tools) for part in body.split(self._format.start)]
+        whole = [part for part in parts if part is not None]
+        return Section(tuple(call for part in whole for call in part.calls), len(body)) if len(whole) == len(parts) else None
+
+    def _mention(self, out: list[Piece], num_chars: int) -> bool:
+        """The mark opened no call: it is text, and so is what follows up to the next one."""
+        out.append(Text(self._take(num_chars)))
+        self._state = _In.TEXT
         return True
 
     def _between_calls(self, out: list[Piece], *, final: bool) -> bool:

@@ -11,7 +11,7 @@ from mlx_manager.core import messages as core
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.requests import Conversation, GenerationRequest, RawPrompt, Sampling, ToolSpec
 from mlx_manager.protocols.body import read_json_object
-from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, without_nulls
+from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
 from mlx_manager.protocols.openai import schema
 
 S = TypeVar("S", bound=schema.Sampling)
@@ -43,8 +43,10 @@ def read_chat(body: bytes) -> Wanted:
     if wire.modalities is not None and wire.modalities != ["text"]:
         raise _unsupported("modalities", 'models here write text: use ["text"]')
     tools = tuple(_tool(tool, i) for i, tool in enumerate(wire.tools or ()))
-    if len({tool.name for tool in tools}) < len(tools):
-        raise InvalidField("Every tool needs a name of its own.", param="tools")
+    names = [tool.name for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InvalidField(f"Two tools are named '{name}': every tool needs a name of its own.", param=f"tools[{i}].function.name")
     conversation = Conversation(
         messages=tuple(_message(m, i) for i, m in enumerate(wire.messages)),
         tools=tools if _may_call(wire.tool_choice) else (),
@@ -95,10 +97,10 @@ def _read(body: bytes, model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tu
     try:
         wire = model.model_validate(given)
     except ValidationError as error:
-        raise invalid_field(error, model) from None
+        raise invalid_field(error, given) from None
     if wire.stream_options is not None and not wire.stream:
         raise InvalidField("'stream_options' needs 'stream' to be true.", param="stream_options")
-    return wire, ignored
+    return wire, ignored + unknown_inside(wire)
 
 
 def _include_usage(wire: schema.Sampling) -> bool:
@@ -140,7 +142,10 @@ def _message(wire: schema.Message, index: int) -> core.Message:
         case "user":
             return core.Message("user", content, name=wire.name)
         case "assistant":
-            calls = tuple(core.ToolCall(c.id, c.function.name, c.function.arguments) for c in wire.tool_calls or ())
+            calls = tuple(
+                core.ToolCall(c.id, c.function.name, "" if c.function.arguments is None else c.function.arguments)
+                for c in wire.tool_calls or ()
+            )
             reasoning = wire.reasoning_content if wire.reasoning_content is not None else wire.reasoning
             return core.Message("assistant", content, reasoning=reasoning, tool_calls=calls, name=wire.name)
         case "tool" | "function":
@@ -152,15 +157,23 @@ def _message(wire: schema.Message, index: int) -> core.Message:
 def _text(wire: schema.Message, where: str) -> str:
     if wire.content is None:
         if wire.role == "assistant":
-            return wire.refusal or ""
+            return "" if wire.refusal is None else wire.refusal
         raise InvalidField(f"A {wire.role} message needs 'content'.", param=f"{where}.content", code="missing_required_parameter")
     if isinstance(wire.content, str):
         return wire.content
-    texts = [part.text if part.text is not None else part.refusal for part in wire.content]
-    for i, text in enumerate(texts):
-        if text is None:
-            raise InvalidField("A text part needs 'text'.", param=f"{where}.content[{i}].text", code="missing_required_parameter")
-    return "".join(text for text in texts if text is not None)
+    return "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(wire.content))
+
+
+def _part(wire: schema.Part, where: str) -> str:
+    if wire.type not in ("text", "refusal"):
+        message = f"This model reads text only: it cannot take a part of type '{wire.type}' in '{where}.type'."
+        raise InvalidField(message, param=f"{where}.type", code="unsupported_value")
+    text = wire.text if wire.type == "text" else wire.refusal
+    if text is None:
+        raise InvalidField(
+            f"Missing required parameter: '{where}.{wire.type}'.", param=f"{where}.{wire.type}", code="missing_required_parameter"
+        )
+    return text
 
 
 def _tool(wire: schema.Tool, index: int) -> ToolSpec:
@@ -175,15 +188,24 @@ def _may_call(choice: str | dict[str, Any] | None) -> bool:
             return True
         case "none":
             return False
-        case _:
+        case "required" | dict():
             raise _unsupported("tool_choice", "only 'auto' and 'none' are, until structured output is built")
+        case _:
+            raise InvalidField(
+                f"Invalid value for 'tool_choice': {quoted(choice)}. Supported values are: 'auto' or 'none'.", param="tool_choice"
+            )
 
 
 def _template_options(wire: schema.ChatRequest) -> Mapping[str, Any]:
-    options: dict[str, Any] = dict(wire.chat_template_kwargs or {})
-    for key in options:
+    options = without_nulls(wire.chat_template_kwargs or {})
+    for key, value in options.items():
+        where = f"chat_template_kwargs.{key[:64]}"
         if key != "enable_thinking":
-            raise InvalidField(f"'{key}' is not a template option.", param=f"chat_template_kwargs.{key}", code="unsupported_parameter")
+            raise InvalidField(
+                f"'{where}' is not supported: the only option is 'enable_thinking'.", param=where, code="unsupported_parameter"
+            )
+        if not isinstance(value, bool):
+            raise InvalidField(f"Invalid type for '{where}': expected a boolean.", param=where, code="invalid_type")
     if wire.reasoning_effort is not None:
         options["enable_thinking"] = wire.reasoning_effort != "none"
     if wire.enable_thinking is not None:

@@ -185,9 +185,14 @@ def _finish(choice: Choice) -> str:
     return _FINISH[choice.finish.reason]
 
 
+def _number(logprob: float) -> float:
+    """JSON has no infinity; upstream writes this for what cannot happen."""
+    return max(logprob, -9999.0)
+
+
 def _logprobs(tokens: Sequence[TokenLogprob]) -> Json:
     def one(t: TokenLogprob) -> Json:
-        return {"token": t.token, "logprob": t.logprob, "bytes": list(t.token_bytes)}
+        return {"token": t.token, "logprob": _number(t.logprob), "bytes": list(t.token_bytes)}
 
     return {"content": [{**one(t), "top_logprobs": [one(alternative) for alternative in t.top]} for t in tokens], "refusal": None}
 
@@ -199,7 +204,7 @@ def _completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> Json:
         offset += len(t.token)
     return {
         "tokens": [t.token for t in tokens],
-        "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [{alternative.token: alternative.logprob for alternative in t.top} for t in tokens],
+        "token_logprobs": [_number(t.logprob) for t in tokens],
+        "top_logprobs": [{alternative.token: _number(alternative.logprob) for alternative in t.top} for t in tokens],
         "text_offset": offsets,
     }

@@ -1,9 +1,9 @@
 """What an OpenAI client sends, and which of its fields do what. The published matrix is made from these tables."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
 
@@ -31,33 +31,35 @@ class Sampling(Schema):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
     logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
         | None
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
 
-class TextPart(Schema):
-    type: Literal["text", "refusal"]
+class Part(Schema):
+    """`text` or `refusal`, by its type. The other types are known to be refused by what they are."""
+
+    type: Literal["text", "refusal", "image_url", "input_audio", "file"]
     text: str | None = None
     refusal: str | None = None
 
 
 class FunctionCall(Schema):
     name: str
-    arguments: str = ""
+    arguments: str | None = None
 
 
 class ToolCall(Schema):
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: FunctionCall
 
 
 class Message(Schema):
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart], Field(max_length=256)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=256)] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -101,8 +103,25 @@ class ChatRequest(Sampling):
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
+def _kind_of_prompt(value: object) -> str | None:
+    """What the first item is says what all are meant to be, so that a mistake is told of that kind alone."""
+    if not isinstance(value, list):
+        return "text" if isinstance(value, str) else None
+    first: object = next(iter(cast(list[object], value)), None)
+    return "tokens" if isinstance(first, int) else "token lists" if isinstance(first, list) else "texts"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[TokenIds, Tag("tokens")]
+    | Annotated[list[str], Field(min_length=1, max_length=128), Tag("texts")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=128), Tag("token lists")],
+    Discriminator(_kind_of_prompt, custom_error_type="text_or_array_type", custom_error_message="neither text nor an array"),
+]
+
+
 class CompletionRequest(Sampling):
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=128)] | Annotated[list[TokenIds], Field(min_length=1, max_length=128)]
+    prompt: Prompt
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: int | None = None
@@ -149,7 +168,7 @@ CHAT_FIELDS: Mapping[str, Rule] = {
     "enable_thinking": honoured("the template's switch, where it has one (extension)"),
     "chat_template_kwargs": honoured("`enable_thinking`; other keys are refused (extension)"),
     "store": honoured("false; true is refused: nothing is stored"),
-    "modalities": honoured("`[\"text\"]`"),
+    "modalities": honoured('`["text"]`'),
     "metadata": noted("kept for nothing until there is an audit log"),
     "safety_identifier": noted("kept for nothing until there is an audit log"),
     "service_tier": noted("there is one tier"),

@@ -1,41 +1,94 @@
 """Calls written as JSON objects, in the spellings that models use."""
 
+import ast
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from mlx_manager.inference.families.family import Call
 
-_NOT_JSON = object()
+NOT_A_VALUE = object()
+# A line end inside a string is the model's way of writing one.
+_DECODER = json.JSONDecoder(strict=False)
 
 
 def read_json(text: str) -> Any:
-    """The value, or a marker that is no call when `text` is not JSON."""
+    """The value, or `NOT_A_VALUE` when `text` is not JSON."""
+    value, used = begin_json(text, 0)
+    return value if not text[used:].strip() else NOT_A_VALUE
+
+
+def begin_json(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value at `start`, white space aside, and where it ends; `NOT_A_VALUE` and `start` if there is none."""
     try:
-        return json.loads(text.strip())
-    except ValueError:
-        return _NOT_JSON
+        return _DECODER.raw_decode(text, len(text) - len(text[start:].lstrip()))
+    except (ValueError, RecursionError):
+        return NOT_A_VALUE, start
+
+
+def read_literal(source: str | ast.expr) -> Any:
+    """A Python literal, as some models write JSON (single quotes, True, None); `NOT_A_VALUE` if it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python has opinions on the strings of models
+            return ast.literal_eval(source.strip() if isinstance(source, str) else source)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return NOT_A_VALUE
 
 
 def write_json(arguments: Mapping[str, Any]) -> str:
-    """Arguments as the JSON text that goes to the client: keys in the model's order, text unescaped."""
-    return json.dumps(arguments, ensure_ascii=False)
+    """Arguments as the JSON text that goes to the client: keys in the model's order, text unescaped where UTF-8 can hold it."""
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return text if _is_text(text) else json.dumps(arguments, allow_nan=False)
 
 
-def calls_in(values: Sequence[Any]) -> list[Call] | None:
+def make_call(name: object, arguments: object) -> Call | None:
+    """A call, if these are a name and arguments that JSON can say (1e999 and Python's sets are none)."""
+    if not isinstance(name, str) or not name or not _is_text(name) or not isinstance(arguments, dict):
+        return None
+    call = Call(name, cast(dict[str, Any], arguments))
+    try:
+        write_json(call.arguments)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return call
+
+
+def calls_in(values: Sequence[Any]) -> tuple[Call, ...] | None:
     """A call for each value; None unless every one of them is a call."""
     calls = [_call(value) for value in values]
-    return [c for c in calls if c is not None] if calls and all(calls) else None
+    whole = tuple(call for call in calls if call is not None)
+    return whole if whole and len(whole) == len(calls) else None
 
 
 def _call(value: Any) -> Call | None:
     if not isinstance(value, dict):
         return None
     record = cast(dict[str, Any], value)
-    name = record.get("name")
     arguments = record.get("arguments", record.get("parameters", {}))
     if isinstance(arguments, str):  # some models quote the object
         arguments = read_json(arguments)
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        return None
-    return Call(name, cast(dict[str, Any], arguments))
+    return make_call(record.get("name"), arguments)
+
+
+def is_in_string(text: str) -> bool:
+    """Whether JSON that is cut here stops inside a string."""
+    inside = escaped = False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == '"':
+            inside = not inside
+        else:
+            escaped = inside and character == "\\"
+    return inside
+
+
+def _is_text(text: str) -> bool:
+    """Half a surrogate pair, which JSON can escape, is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

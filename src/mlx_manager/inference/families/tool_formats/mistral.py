@@ -2,28 +2,33 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 from mlx_manager.core.requests import ToolSpec
-from mlx_manager.inference.families.family import Call
-from mlx_manager.inference.families.tool_formats.json_call import calls_in, read_json
+from mlx_manager.inference.families.family import Section
+from mlx_manager.inference.families.tool_formats.json_call import NOT_A_VALUE, begin_json, calls_in, make_call, read_literal
 
 start = "[TOOL_CALLS]"
 end = ""
-_NAMED = re.compile(r"^\s*([\w.:-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](.*)$", re.DOTALL)
+# `[ARGS]` is a special token, which some servers of these models do not show; with an id between in Small 3.2.
+_NAMED = re.compile(r"\s*([\w.:-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 
 
 def may_begin(text: str) -> bool:
     return True
 
 
-def parse(text: str, tools: Sequence[ToolSpec]) -> list[Call] | None:
-    if "[ARGS]" not in text:
-        value = read_json(text)
-        return calls_in(value if isinstance(value, list) else [value])  # pyright: ignore[reportUnknownArgumentType]
-    values: list[object] = []
-    for section in text.split(start):
-        match = _NAMED.match(section)
-        if match is None:
-            return None
-        values.append({"name": match[1], "arguments": read_json(match[2])})
-    return calls_in(values)
+def is_open(text: str) -> bool:
+    return False
+
+
+def parse(text: str, tools: Sequence[ToolSpec]) -> Section | None:
+    if named := _NAMED.match(text):
+        value, used = begin_json(text, named.end())
+        call = make_call(named[1], value)
+        return Section((call,), used) if call else None
+    value, used = begin_json(text, 0)
+    if value is NOT_A_VALUE:
+        value, used = read_literal(text), len(text)
+    calls = calls_in(cast(list[Any], value) if isinstance(value, list) else [value])
+    return Section(calls, used) if calls else None

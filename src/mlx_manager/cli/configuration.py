@@ -1,0 +1,74 @@
+"""From flags and environment to a `Config`, and what follows from one: the models it finds, the address it has."""
+# ruff: noqa: PLC0415 - Config is pydantic, which takes a while to import: `--help` does without
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_manager.cli.terminal import USAGE, fail, warn
+
+if TYPE_CHECKING:
+    from mlx_manager.config import Config
+    from mlx_manager.hub.checkpoint import Checkpoint
+    from mlx_manager.hub.local import Catalogue
+
+ModelsDir = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--models-dir",
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="Folder whose subfolders are models; can be repeated. [env: MLX_MANAGER_MODELS_DIR]",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+
+
+def configured(**flags: object) -> "Config":
+    """Flags that were given beat the environment, which beats the defaults. Ends the command if a value is no good."""
+    from pydantic import ValidationError
+
+    from mlx_manager.config import Config
+
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
+    try:
+        config = Config.model_validate({}) if not given else Config(**given)  # pyright: ignore[reportArgumentType] - validated there
+    except ValidationError as error:
+        fail("\n".join(_complaint(str(e["loc"][0]), e["msg"]) for e in error.errors(include_input=False)), USAGE)
+    for folder in config.models_dir:
+        if not folder.is_dir():
+            warn(f"There is no models folder {folder}.")
+    return config
+
+
+def _complaint(field: str, message: str) -> str:
+    return f"{field} (--{field.replace('_', '-')} or MLX_MANAGER_{field.upper()}): {message}."
+
+
+def catalogue(config: "Config") -> "Catalogue":
+    """Every model on this machine, as the server finds them, without importing the server."""
+    from mlx_manager.config import BUNDLED_MODELS
+    from mlx_manager.hub.local import find_models, hub_cache_folder
+
+    return find_models([*config.models_dir, BUNDLED_MODELS], hub_cache_folder())
+
+
+def is_starter(model: "Checkpoint") -> bool:
+    from mlx_manager.config import BUNDLED_MODELS
+
+    return model.path.is_relative_to(BUNDLED_MODELS)
+
+
+def starter(models: "Sequence[Checkpoint]") -> "Checkpoint | None":
+    """The model to talk to when none is named: the one that comes with the package, or the only one there is."""
+    chatty = [model for model in models if model.kind == "text"]
+    return next((model for model in chatty if is_starter(model)), chatty[0] if len(chatty) == 1 else None)
+
+
+def address(host: str, port: int) -> str:
+    """Where a program on this machine reaches a server that listens there."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"

@@ -1,0 +1,56 @@
+"""`status`: what a running server is doing."""
+
+from typing import Annotated, Any
+
+import typer
+
+from mlx_manager.cli.configuration import AsJson, address, configured
+from mlx_manager.cli.terminal import FAILED, NO_SERVER, fail, print_json, print_table, say, size, tokens
+
+
+def status(
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="URL", help="Where the server is. [default: http://127.0.0.1:10242]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a running server is doing; its key, if it has one, is taken from MLX_MANAGER_API_KEY."""
+    from mlx_manager.cli.remote import NoAnswer, Refused, read_status  # noqa: PLC0415 - an HTTP client is not for `--help`
+
+    config = configured()
+    url = address(config.host, config.port) if host is None else host if "://" in host else f"http://{host}"
+    try:
+        told = read_status(url, config.api_key.get_secret_value() if config.api_key else None)
+    except NoAnswer as error:
+        fail(str(error), NO_SERVER)
+    except Refused as error:
+        fail(str(error), FAILED)
+    if as_json:
+        print_json(told)
+        return
+    num = told["num_in_flight"]
+    say(
+        f"MLX Manager {told['version']} at {url}: {'shutting down, ' if told['draining'] else ''}"
+        f"{num} request{'' if num == 1 else 's'} under way"
+    )
+    if told["models"]:
+        _print_models(told["models"])
+
+
+def _print_models(models: list[dict[str, Any]]) -> None:
+    print_table(
+        [
+            (
+                m["id"],
+                m["state"],
+                str(m["num_running"]),
+                str(m["num_waiting"]),
+                size(m["size_bytes"]),
+                tokens(m["context_length"]),
+                m["error"] or "",
+            )
+            for m in models
+        ],
+        columns=("Model", "State", "Running", "Waiting", "Size", "Context", ""),
+        numbers=("Running", "Waiting", "Size", "Context"),
+    )

@@ -5,6 +5,7 @@ import logging
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,11 +16,11 @@ from mlx_manager.api import failures, openai, system, web
 from mlx_manager.api.dependencies import Services
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
-from mlx_manager.config import BUNDLED_MODELS, Config
+from mlx_manager.config import Config
 from mlx_manager.core.errors import EngineFault
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
-from mlx_manager.hub.local import Catalogue, find_models, hub_cache_folder
+from mlx_manager.hub.local import find_models, hub_cache_folder
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.loader import BatchLimits, import_libraries
 from mlx_manager.inference.pool import Pool
@@ -28,16 +29,11 @@ from mlx_manager.storage.database import Database
 log = logging.getLogger(__name__)
 
 
-def catalogue(config: Config) -> Catalogue:
-    """Every model on this machine: the operator's folders first, then what ships with the package, then the Hub cache."""
-    return find_models([*config.models_dir, BUNDLED_MODELS], hub_cache_folder())
-
-
 def build_services(config: Config) -> Services:
     """Everything that lives as long as the process; started by `running`."""
     device = Device()
     limits = BatchLimits(max_sequences=config.max_batch, prefill_budget=config.prefill_budget)
-    pool = Pool(device, lambda: list(catalogue(config).models), limits)
+    pool = Pool(device, lambda: list(find_models(config.model_folders, hub_cache_folder()).models), limits)
     metrics = telemetry.Metrics(pool.engines)
     gateway = Gateway(
         LocalBackend(pool),
@@ -52,11 +48,11 @@ async def running(services: Services) -> AsyncGenerator[Services]:
     """Starts what has to be started, and ends it in the opposite order."""
     await services.database.open()
     services.device.start()
+    importing = asyncio.create_task(asyncio.to_thread(import_libraries))  # ahead of the first request, which would wait for it
     try:
-        # Before the first request: two threads that import transformers at the same time break it.
-        await asyncio.to_thread(import_libraries)
         yield services
     finally:
+        await importing
         await asyncio.to_thread(services.device.stop)
         await services.database.close()
 
@@ -81,6 +77,8 @@ def application(services: Services) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # its page fetches scripts from elsewhere
         redoc_url=None,
+        # Its log records of failures have messages, which quote what a client sent, and its spans have an operation for each step.
+        telemetry={"logs": False, "operation_spans": False},
         redirect_slashes=False,  # a redirected POST loses its body or its credentials
         strict_content_type=False,
         middleware=[
@@ -106,12 +104,15 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, config: Config) -> None:
         self._services: Services = app.state.services
         self._drain_s = config.drain_s
+        self._draining: asyncio.Task[None] | None = None
         super().__init__(
             uvicorn.Config(
                 app,
                 host=config.host,
                 port=config.port,
                 http=ReceiptDeadlines,
+                ws="none",
+                proxy_headers=False,  # any local process could say who it is
                 loop="uvloop",
                 log_level=config.log_level,
                 timeout_keep_alive=75,
@@ -122,10 +123,15 @@ class Server(uvicorn.Server):
             )
         )
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None and not self._draining.done():
+            self._draining.get_loop().call_soon_threadsafe(self._draining.cancel)  # the second signal: no more waiting
+        else:
+            super().handle_exit(sig, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        draining = asyncio.create_task(self._drain())
+        self._draining = asyncio.create_task(self._drain())
         await super().shutdown(sockets)
-        draining.cancel()
 
     async def _drain(self) -> None:
         if self._services.gateway.num_in_flight:
@@ -133,7 +139,7 @@ class Server(uvicorn.Server):
         try:
             async with asyncio.timeout(self._drain_s):
                 await self._services.gateway.drain()
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError):
             self._services.pool.abort(EngineFault("The server is shutting down."))
 
 

@@ -53,5 +53,10 @@ class Config(BaseSettings):
         return self.host in LOOPBACK
 
     @property
+    def model_folders(self) -> tuple[Path, ...]:
+        """Where models are looked for, beside the Hub cache: the operator's folders first, then what ships with the package."""
+        return (*self.models_dir, BUNDLED_MODELS)
+
+    @property
     def database_path(self) -> Path:
         return self.data_dir / "mlx-manager.db"

@@ -230,14 +230,14 @@ def test_a_reply_that_is_taken_slowly_arrives_whole(loop: str) -> None:
     async def large(scope: Scope, receive: Receive, send: Send) -> None:
         await Response(b"a" * 20_000_000)(scope, receive, send)
 
-    with serve(large, http=receipt_deadlines(ReceiptLimits(stall_s=0.2)), loop=loop) as served:
-        with served.connect(receive_buffer=65536) as slow:
-            slow.sendall(request())
-            num_bytes = 0
-            while num_bytes < 20_000_000 and (taken := slow.recv(400_000)):
-                num_bytes += len(taken)
-                time.sleep(0.002)
-            assert num_bytes > 20_000_000
+    patient = receipt_deadlines(ReceiptLimits(stall_s=0.2))
+    with serve(large, http=patient, loop=loop) as served, served.connect(receive_buffer=65536) as slow:
+        slow.sendall(request())
+        num_bytes = 0
+        while num_bytes < 20_000_000 and (taken := slow.recv(400_000)):
+            num_bytes += len(taken)
+            time.sleep(0.002)
+        assert num_bytes > 20_000_000
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -248,15 +248,15 @@ def test_hardly_anything_waits_in_our_memory_for_a_client_that_does_not_read(loo
             await send({"type": "http.response.body", "body": b"a" * 1000, "more_body": True})
             await asyncio.sleep(0)
 
-    with serve(endless, http=receipt_deadlines(ReceiptLimits(stall_s=0.5)), loop=loop) as served:
-        with served.connect(receive_buffer=4096) as deaf:
-            deaf.sendall(request())
-            wait_until(lambda: served.num_connections() == 1, within_s=1)
-            (connection,) = served.server.server_state.connections
-            wait_until(lambda: connection.transport.get_write_buffer_size() > 0, within_s=2)  # type: ignore[union-attr]
-            time.sleep(0.2)
-            assert 0 < connection.transport.get_write_buffer_size() < 10_000  # type: ignore[union-attr]
-            served.run(_cancel(served))
+    protocol = receipt_deadlines(ReceiptLimits(stall_s=0.5))
+    with serve(endless, http=protocol, loop=loop) as served, served.connect(receive_buffer=4096) as deaf:
+        deaf.sendall(request())
+        wait_until(lambda: served.num_connections() == 1, within_s=1)
+        (connection,) = served.server.server_state.connections
+        wait_until(lambda: connection.transport.get_write_buffer_size() > 0, within_s=2)  # type: ignore[union-attr]
+        time.sleep(0.2)
+        assert 0 < connection.transport.get_write_buffer_size() < 10_000  # type: ignore[union-attr]
+        served.run(_cancel(served))
 
 
 async def _cancel(served: Served) -> None:

@@ -129,7 +129,6 @@ def _port(process: subprocess.Popen[bytes], log_path: Path) -> int:
 def serve_thread(application: FastAPI, config: Config) -> Iterator[Running]:
     """`app.Server` in a thread of this process; port 0 takes a free one."""
     server = app.Server(application, config)
-    server.config.log_config = None
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     try:

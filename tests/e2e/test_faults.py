@@ -131,20 +131,28 @@ def test_what_nobody_expected_is_in_the_log_with_its_traceback(
     faulty: Faulty, caplog: pytest.LogCaptureFixture, before: tuple[Step, ...], stream: bool
 ) -> None:
     faulty.play(*before, SECRET)
-    with caplog.at_level(logging.ERROR):
+    uvicorn = logging.getLogger("uvicorn")  # it does not pass on to the root
+    uvicorn.addHandler(caplog.handler)
+    try:
         post(faulty, CHAT, stream=stream)
-    (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
+        deadline = time.monotonic() + 10
+        while not (errors := [r for r in caplog.records if r.levelno >= logging.ERROR]):  # the client hears of it first
+            assert time.monotonic() < deadline
+    finally:
+        uvicorn.removeHandler(caplog.handler)
+    (record,) = errors
     assert record.exc_info is not None
     assert record.exc_info[1] is SECRET
 
 
 def test_the_sdk_raises_what_comes_in_the_stream(faulty: Faulty) -> None:
     faulty.play(STARTED, TextDelta("Hel"), EngineFault("The engine failed."))
-    seen = ""
-    with faulty.running.openai() as client, pytest.raises(openai.APIError, match="The engine failed") as raised:
-        for chunk in client.chat.completions.create(**BODY[CHAT], stream=True):
-            seen += chunk.choices[0].delta.content or ""
-    assert seen == "Hel"
+    seen = list[str]()
+    with faulty.running.openai() as client:
+        texts = (chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**BODY[CHAT], stream=True))
+        with pytest.raises(openai.APIError, match="The engine failed") as raised:
+            seen.extend(texts)
+    assert seen == ["", "Hel"]
     assert raised.value.type == "server_error"
 
 

@@ -8,7 +8,7 @@ from mlx_manager.inference.detokenizer import Decode, Detokenizer
 from tests.inference.fixture_models import FAMILIES, dialect
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufffd▁"), max_size=60)
-EMOJI = "Grüße 👩‍👩‍👧 aus 東京 🎉!"
+EMOJI = "Grüße 👩‍👩‍👧 aus 東京 🦑!"
 
 
 def decode_of(family: str) -> Decode:

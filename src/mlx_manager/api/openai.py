@@ -121,7 +121,8 @@ async def _frames(events: AsyncGenerator[Event], writer: Writer) -> AsyncGenerat
 
 
 def _frame(chunk: dict[str, Any]) -> bytes:
-    return data(json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode())
+    # ASCII: some clients cut lines at U+2028, which JSON allows in a string.
+    return data(json.dumps(chunk, separators=(",", ":")).encode())
 
 
 def _json(content: dict[str, Any], headers: dict[str, str] | None = None) -> Response:

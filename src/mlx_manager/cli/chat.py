@@ -55,6 +55,8 @@ def run(
                 _chat(runner, gateway, request, opening)
     except typer.Exit as end:
         code = end.exit_code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     leave(code)
 
 
@@ -102,7 +104,7 @@ def _answer_once(runner: asyncio.Runner, gateway: "Gateway", request: Generation
         runner.run(_speak(gateway, replace(request, prompts=(Conversation(messages),)), reply))
     except KeyboardInterrupt:
         reply.end()
-        raise typer.Exit(INTERRUPTED) from None
+        raise
     except MLXManagerError as error:
         reply.end()
         fail(error.message)
@@ -118,42 +120,44 @@ def _chat(runner: asyncio.Runner, gateway: "Gateway", request: GenerationRequest
     while True:
         try:
             line = input(">>> ").strip()
+            match line:
+                case "":
+                    pass
+                case "/bye" | "/exit" | "/quit":
+                    return
+                case "/clear":
+                    messages = opening
+                    say("Forgotten.")
+                case "/help" | "/?":
+                    say(HELP)
+                case _:
+                    messages = _turn(runner, gateway, request, messages, line)
         except EOFError:
             say("")
             return
         except KeyboardInterrupt:
             say(f"\n{HELP}")
-            continue
-        match line:
-            case "":
-                continue
-            case "/bye" | "/exit" | "/quit":
-                return
-            case "/clear":
-                messages = opening
-                say("Forgotten.")
-                continue
-            case "/help" | "/?":
-                say(HELP)
-                continue
-            case _:
-                pass
-        asked = (*messages, Message("user", line))
-        reply = Reply()
-        try:
-            runner.run(_speak(gateway, replace(request, prompts=(Conversation(asked),)), reply))
-        except KeyboardInterrupt:
-            reply.end()
-            say("(stopped)")
-        except MLXManagerError as error:
-            reply.end()
-            hint = " /clear forgets it." if isinstance(error, ContextTooLong) else ""
-            warn(error.message + hint)
-            continue  # as if it had not been asked
+
+
+def _turn(
+    runner: asyncio.Runner, gateway: "Gateway", request: GenerationRequest, messages: tuple[Message, ...], line: str
+) -> tuple[Message, ...]:
+    """The conversation afterwards. What failed was never asked; what was stopped was said up to there."""
+    asked = (*messages, Message("user", line))
+    reply = Reply()
+    try:
+        runner.run(_speak(gateway, replace(request, prompts=(Conversation(asked),)), reply))
+    except KeyboardInterrupt:
         reply.end()
-        if reply.reason in ("length", "context_full"):
-            say(f"(cut off: {_why_cut(reply.reason)})")
-        messages = (*asked, Message("assistant", reply.text))
+        say("(stopped)")
+    except MLXManagerError as error:
+        reply.end()
+        warn(error.message + (" /clear forgets it." if isinstance(error, ContextTooLong) else ""))
+        return messages
+    reply.end()
+    if reply.reason in ("length", "context_full"):
+        say(f"(cut off: {_why_cut(reply.reason)})")
+    return (*asked, Message("assistant", reply.text))
 
 
 def _why_cut(reason: FinishReason) -> str:

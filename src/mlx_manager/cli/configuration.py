@@ -50,10 +50,9 @@ def _complaint(field: str, message: str) -> str:
 
 def catalogue(config: "Config") -> "Catalogue":
     """Every model on this machine, as the server finds them, without importing the server."""
-    from mlx_manager.config import BUNDLED_MODELS
     from mlx_manager.hub.local import find_models, hub_cache_folder
 
-    return find_models([*config.models_dir, BUNDLED_MODELS], hub_cache_folder())
+    return find_models(config.model_folders, hub_cache_folder())
 
 
 def is_starter(model: "Checkpoint") -> bool:

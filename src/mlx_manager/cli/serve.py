@@ -2,6 +2,7 @@
 # ruff: noqa: PLC0415 - the server takes seconds to import: `--help` does without
 
 import asyncio
+import logging
 import signal
 import socket
 from pathlib import Path
@@ -133,10 +134,13 @@ def _check_database(config: "Config") -> None:
         finally:
             await database.close()
 
+    logging.disable(logging.WARNING)  # the server says it again
     try:
         asyncio.run(open_once())
     except DatabaseUnusable as error:
         fail(f"Not started: the database cannot be used. {error}. Another --data-dir starts with an empty one.")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _greet(config: "Config") -> None:

@@ -7,6 +7,7 @@ command line answers before; `import_libraries` does it ahead of the first reque
 # pyright: basic
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +32,21 @@ class BatchLimits:
 DEFAULT_CONTEXT_LENGTH = 32_768
 
 
-def import_libraries() -> None:
-    """Any thread."""
-    import mlx_lm.utils
-    import transformers
+_importing = threading.Lock()  # two threads that import transformers at the same time break it
 
-    import mlx_manager.inference.engine.runner  # noqa: F401
+
+def import_libraries() -> None:
+    """Any thread; whoever comes second waits."""
+    with _importing:
+        import mlx_lm.utils
+        import transformers
+
+        import mlx_manager.inference.engine.runner  # noqa: F401
 
 
 def load_dialect(path: Path, context_length: int | None) -> Dialect:
     """Everything but the weights; about half a second. Any thread."""
+    import_libraries()
     from transformers import AutoTokenizer
 
     config = _read_json(path / "config.json")
@@ -65,6 +71,7 @@ def load_dialect(path: Path, context_length: int | None) -> Dialect:
 
 def load_engine(path: Path, dialect: Dialect, device: Device, limits: BatchLimits) -> Engine:
     """Reads the weights and makes the engine that runs them. On the device thread."""
+    import_libraries()
     from mlx_lm.utils import load_model
 
     from mlx_manager.inference.engine.runner import Runner

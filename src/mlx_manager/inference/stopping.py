@@ -8,7 +8,7 @@ class StopMatcher:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
-        self._held = ""  # the longest end of the text that could be the beginning of a stop string
+        self._held: str = ""  # the longest end of the text that could be the beginning of a stop string
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
@@ -19,14 +19,11 @@ class StopMatcher:
             return text
         text = self._held + text
         # The one that is complete first ends the text, as if it had come character by character; of several, the longest.
-        found = min(
-            ((at + len(s), -len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0),
-            default=None,
-        )
-        if found is not None:
-            _, _, at, self.matched = found
+        found = [(text.find(s) + len(s), -len(s), s) for s in self._stop if s in text]
+        if found:
+            end, _, self.matched = min(found)
             self._held = ""
-            return text[:at]
+            return text[: end - len(self.matched)]
         keep = max(_overlap(text, s) for s in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -229,7 +229,10 @@ def test_a_schema_of_the_oddest_kind_does_not_break_a_call() -> None:
         assert tell(GLM, GLM_PARIS, tools=(ToolSpec("get_weather", parameters={"properties": properties}),)) == ("", "", [PARIS])
 
 
-@pytest.mark.parametrize("unit", ["word ", "<tool_call>{", "x < y ", "[TOOL_CALLS]"])
+REPEATED = ["word ", "<tool_call>{", "x < y ", '<tool_call>{"</tool_call>', "<tool_call>{'", "<tool_call>{'}", QWEN_PARIS + "<tool_call>"]
+
+
+@pytest.mark.parametrize("unit", REPEATED)
 def test_a_long_text_costs_no_more_for_each_piece(unit: str) -> None:
     """Held text does not grow with what was said; a call's may, but it is not looked through again for each piece."""
     splitter = Splitter(QWEN, tools=WEATHER)

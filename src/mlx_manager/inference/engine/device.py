@@ -35,21 +35,26 @@ class Device:
         self._engines: list[Steppable] = []
         self._thread = threading.Thread(target=self._loop, name="mlx-device", daemon=True)
         self._stopping = False
+        self._ended = threading.Event()
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the turn it is in and the work that was posted before. What still runs gets no more tokens:
-        drain first."""
+        """Ends the thread's work after the turn it is in and what was posted before. What still runs gets no more tokens:
+        drain first.
+
+        The thread itself rests until the process ends. Before Python 3.13 a joined thread may still be in its destructors, and
+        MLX's take the GIL: if the interpreter is being taken apart by then, the process aborts.
+        """
         self._stopping = True
-        if self._thread.is_alive():
+        if self.is_alive:
             self._inbox.put(None)
-            self._thread.join()
+            self._ended.wait()
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended.is_set()
 
     def post(self, work: Callable[[], None]) -> bool:
         """Runs `work` on the device thread before its next turn; returns at once. False if the device has stopped: it never runs."""
@@ -86,6 +91,9 @@ class Device:
             for engine in list(self._engines):
                 if engine.has_work:
                     _guarded(engine.step)
+        self._engines.clear()
+        self._ended.set()
+        threading.Event().wait()
 
     def _empty_inbox(self, *, wait: bool) -> bool:
         """Does the work that was posted, after waiting for some if there is nothing else to do. False at the end."""

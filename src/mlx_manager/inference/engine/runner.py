@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -67,10 +67,10 @@ class Runner:
         """Waits for a queued step. One token for each of its rows."""
         sampled = pending.sampled
         mx.eval(*sampled.arrays())
-        tokens: list[int] = sampled.tokens.tolist()
+        tokens = cast(list[int], sampled.tokens.tolist())
         if sampled.logprobs is None:
             return [Token(s.index, t) for s, t in zip(pending.rows, tokens, strict=True)]
-        logprobs: list[float] = sampled.logprobs.tolist()
+        logprobs = cast(list[float], sampled.logprobs.tolist())
         top = _pairs(sampled, len(tokens))
         return [
             Token(s.index, t)
@@ -112,5 +112,5 @@ class Runner:
 def _pairs(sampled: Sampled, num_rows: int) -> list[list[tuple[int, float]]]:
     if sampled.top_tokens is None or sampled.top_logprobs is None:
         return [[] for _ in range(num_rows)]
-    pairs = zip(sampled.top_tokens.tolist(), sampled.top_logprobs.tolist(), strict=True)
-    return [sorted(zip(tokens, logprobs, strict=True), key=lambda pair: -pair[1]) for tokens, logprobs in pairs]
+    rows = zip(cast(list[list[int]], sampled.top_tokens.tolist()), cast(list[list[float]], sampled.top_logprobs.tolist()), strict=True)
+    return [sorted(zip(tokens, logprobs, strict=True), key=lambda pair: -pair[1]) for tokens, logprobs in rows]

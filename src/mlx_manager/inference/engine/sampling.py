@@ -50,35 +50,37 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._rows: list[Sequence] = []
-        self._in_prompt: mx.array | None = None  # [B, V] bool; with _counts, only while a row has a penalty
-        self._counts: mx.array | None = None  # [B, V] how often each token was generated, unread steps included
+        # Both [B, V], and both there only while a row has a penalty: whether a token is in the prompt, and how often it was
+        # generated, unread steps included.
+        self._in_prompt: mx.array | None = None
+        self._counts: mx.array | None = None
         self._describe()
 
     def set_rows(self, keep: list[int], joined: Rows[Sequence]) -> None:
         """The rows that stay, in their order, then those that join (which have generated nothing unread)."""
-        if self._counts is not None:
-            index = mx.array(keep, dtype=mx.int32)
-            self._counts, self._in_prompt = self._counts[index], self._in_prompt[index]
         stay = [self._rows[i] for i in keep]
         self._rows = [*stay, *joined]
         if not any(s.spec.sampling.penalises for s in self._rows):
             self._counts = self._in_prompt = None
         else:
             counts, in_prompt = self._history(joined)
-            if self._counts is None:  # rows that were here before have no penalty: their counts are never looked at
-                old = np.zeros((len(stay), self._vocab_size))
-                self._counts, self._in_prompt = mx.array(old.astype(np.float32)), mx.array(old.astype(np.bool_))
-            self._counts = mx.concatenate([self._counts, mx.array(counts)])
-            self._in_prompt = mx.concatenate([self._in_prompt, mx.array(in_prompt)])
+            if self._counts is not None and self._in_prompt is not None:
+                index = mx.array(keep, dtype=mx.int32)
+                old_counts, old_in_prompt = self._counts[index], self._in_prompt[index]
+            else:  # rows that were here before have no penalty: their counts are never looked at
+                shape = (len(stay), self._vocab_size)
+                old_counts, old_in_prompt = mx.zeros(shape), mx.zeros(shape, dtype=mx.bool_)
+            self._counts = mx.concatenate([old_counts, counts])
+            self._in_prompt = mx.concatenate([old_in_prompt, in_prompt])
         self._describe()
 
-    def _history(self, rows: Rows[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+    def _history(self, rows: Rows[Sequence]) -> tuple[mx.array, mx.array]:
         counts = np.zeros((len(rows), self._vocab_size), np.float32)
         in_prompt = np.zeros((len(rows), self._vocab_size), np.bool_)
         for i, s in enumerate(rows):
             in_prompt[i, list(s.spec.prompt)] = True
             np.add.at(counts[i], s.generated, 1)
-        return counts, in_prompt
+        return mx.array(counts), mx.array(in_prompt.view(np.uint8)).astype(mx.bool_)
 
     def _describe(self) -> None:
         params = [s.spec.sampling for s in self._rows]
@@ -118,7 +120,7 @@ class Sampler:
         return self._with_logprobs(raw, tokens)
 
     def _penalised(self, logits: mx.array) -> mx.array:
-        if self._counts is None:
+        if self._counts is None or self._in_prompt is None:
             return logits
         generated = self._counts > 0
         rescaled = mx.where(logits > 0, logits / self._repetition, logits * self._repetition)

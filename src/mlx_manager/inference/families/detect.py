@@ -1,5 +1,6 @@
 """config.json and chat template → family."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ _TEMPLATE_SIGNS: tuple[tuple[str, ToolFormat], ...] = (
     ("<tool_call>", json_tags),
     ('"parameters": ', llama_json),
 )
+_SHORT_CALL_IDS = re.compile(r"length\s*[!=]=\s*9\b")  # Mistral's templates refuse any other
 
 
 def detect(config: Mapping[str, Any], chat_template: str | Mapping[str, str] | None) -> Family:
@@ -32,4 +34,9 @@ def detect(config: Mapping[str, Any], chat_template: str | Mapping[str, str] | N
     thinking = "enable_thinking" if "enable_thinking" in template else None
     if family is None:
         family = Family(name=model_type or "unknown", model_types=frozenset())
-    return replace(family, tool_format=signs or family.tool_format, thinking_option=thinking)
+    return replace(
+        family,
+        tool_format=signs or family.tool_format,
+        thinking_option=thinking,
+        short_call_ids=_SHORT_CALL_IDS.search(template) is not None,
+    )

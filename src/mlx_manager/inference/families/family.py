@@ -66,7 +66,7 @@ REASONING = Tag("<reasoning>", "</reasoning>")
 class Family:
     """`model_types` are values of `model_type` in config.json; `stop_tokens` end a turn beside those that the configuration names;
     `turn_tokens` begin one, where a tokenizer may not call them special; `thinking_option` is the template's switch for reasoning,
-    if it has one (detected, see `detect`)."""
+    if it has one, and `short_call_ids` says that it takes ids of nine letters and digits only (both detected, see `detect`)."""
 
     name: str
     model_types: frozenset[str]
@@ -75,3 +75,4 @@ class Family:
     stop_tokens: tuple[str, ...] = ()
     turn_tokens: tuple[str, ...] = ()
     thinking_option: str | None = None
+    short_call_ids: bool = False

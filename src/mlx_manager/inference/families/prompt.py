@@ -4,6 +4,7 @@ Text of a user never becomes a control token. Wherever it spells one, a characte
 spelling before the template runs, and the rendered text is tokenised in the pieces between these characters.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -108,23 +109,29 @@ class PromptRenderer:
         if message.tool_calls:
             out["tool_calls"] = [
                 {
-                    "id": self._defused(c.id),
+                    "id": self._call_id(c.id),
                     "type": "function",
                     "function": {"name": self._defused(c.name), "arguments": self._arguments(c.arguments)},
                 }
                 for c in message.tool_calls
             ]
         if message.tool_call_id is not None:
-            out["tool_call_id"] = self._defused(message.tool_call_id)
+            out["tool_call_id"] = self._call_id(message.tool_call_id)
         if message.name is not None:
             out["name"] = self._defused(message.name)
         return out
 
+    def _call_id(self, call_id: str) -> str:
+        """The same for the call and for its result, and such as the template takes: clients send back ids that we, or others, gave."""
+        if not self._family.short_call_ids or re.fullmatch(r"[A-Za-z0-9]{9}", call_id):
+            return self._defused(call_id)
+        return hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]
+
     def _arguments(self, text: str) -> Any:
         """Templates want an object; arguments that are not one are passed on as the text they are."""
         try:
-            value = json.loads(text) if text.strip() else {}
-        except ValueError:
+            value: Any = json.loads(text) if text.strip() else {}
+        except (ValueError, RecursionError):
             return self._defused(text)
         return self._defused(value if isinstance(value, dict) else text)
 
@@ -137,7 +144,8 @@ class PromptRenderer:
         """The same text, or JSON value, with no control token left in it."""
         match value:
             case str():
-                plain = value.replace(_BREAK, "")
+                plain = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is no text
+                plain = plain.replace(_BREAK, "")
                 if self._control is None:
                     return plain
                 return self._control.sub(lambda m: m[0][0] + _BREAK + m[0][1:], plain)

@@ -226,9 +226,13 @@ class Splitter:
         if section is not None or self._format.start not in body:
             return section
         # Some models open the next call without closing the one before.
-        parts = [self._format.parse(part, self._tools) for part in body.split(self._format.start)]
-        whole = [part for part in parts if part is not None]
-        return Section(tuple(call for part in whole for call in part.calls), len(body)) if len(whole) == len(parts) else None
+        calls: list[Call] = []
+        for part in body.split(self._format.start):
+            section = self._format.parse(part, self._tools)
+            if section is None:
+                return None
+            calls += section.calls
+        return Section(tuple(calls), len(body))
 
     def _mention(self, out: list[Piece], num_chars: int) -> bool:
         """The mark opened no call: it is text, and so is what follows up to the next one."""

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -11,6 +12,8 @@ from mlx_manager.inference.families.family import Call
 NOT_A_VALUE = object()
 # A line end inside a string is the model's way of writing one.
 _DECODER = json.JSONDecoder(strict=False)
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
+_SINGLE_QUOTED = re.compile(r"\s*(\[\s*)?\{\s*'")
 
 
 def read_json(text: str) -> Any:
@@ -27,12 +30,18 @@ def begin_json(text: str, start: int) -> tuple[Any, int]:
         return NOT_A_VALUE, start
 
 
+def read_single_quoted(text: str) -> Any:
+    """JSON as Python prints it (single quotes, True, None), which some models write; `NOT_A_VALUE` if it is none."""
+    text = text.strip()
+    return read_literal(text) if _SINGLE_QUOTED.match(text) and text[-1] in "]}" else NOT_A_VALUE
+
+
 def read_literal(source: str | ast.expr) -> Any:
-    """A Python literal, as some models write JSON (single quotes, True, None); `NOT_A_VALUE` if it is none."""
+    """A Python literal; `NOT_A_VALUE` if it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python has opinions on the strings of models
-            return ast.literal_eval(source.strip() if isinstance(source, str) else source)
+            return ast.literal_eval(source)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return NOT_A_VALUE
 
@@ -74,15 +83,7 @@ def _call(value: Any) -> Call | None:
 
 def is_in_string(text: str) -> bool:
     """Whether JSON that is cut here stops inside a string."""
-    inside = escaped = False
-    for character in text:
-        if escaped:
-            escaped = False
-        elif character == '"':
-            inside = not inside
-        else:
-            escaped = inside and character == "\\"
-    return inside
+    return _ESCAPED.sub("", text).count('"') % 2 == 1
 
 
 def _is_text(text: str) -> bool:

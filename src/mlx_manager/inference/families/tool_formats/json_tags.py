@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mlx_manager.core.requests import ToolSpec
 from mlx_manager.inference.families.family import Section
-from mlx_manager.inference.families.tool_formats.json_call import NOT_A_VALUE, calls_in, is_in_string, read_json, read_literal
+from mlx_manager.inference.families.tool_formats.json_call import NOT_A_VALUE, calls_in, is_in_string, read_json, read_single_quoted
 
 start = "<tool_call>"
 end = "</tool_call>"
@@ -20,5 +20,5 @@ def is_open(text: str) -> bool:
 
 def parse(text: str, tools: Sequence[ToolSpec]) -> Section | None:
     value = read_json(text)
-    calls = calls_in([read_literal(text) if value is NOT_A_VALUE else value])
+    calls = calls_in([read_single_quoted(text) if value is NOT_A_VALUE else value])
     return Section(calls, len(text)) if calls else None

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from mlx_manager.core.requests import ToolSpec
 from mlx_manager.inference.families.family import Section
-from mlx_manager.inference.families.tool_formats.json_call import NOT_A_VALUE, begin_json, calls_in, make_call, read_literal
+from mlx_manager.inference.families.tool_formats.json_call import NOT_A_VALUE, begin_json, calls_in, make_call, read_single_quoted
 
 start = "[TOOL_CALLS]"
 end = ""
@@ -29,6 +29,6 @@ def parse(text: str, tools: Sequence[ToolSpec]) -> Section | None:
         return Section((call,), used) if call else None
     value, used = begin_json(text, 0)
     if value is NOT_A_VALUE:
-        value, used = read_literal(text), len(text)
+        value, used = read_single_quoted(text), len(text)
     calls = calls_in(cast(list[Any], value) if isinstance(value, list) else [value])
     return Section(calls, used) if calls else None

@@ -186,3 +186,11 @@ def test_a_request_without_surprises_has_no_header_about_them(http: httpx2.Clien
     response = Endpoint(http, path).post()
     assert "x-ignored-fields" not in response.headers
     assert response.headers["x-backend"] == "local"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_switch_that_the_model_does_not_have_is_named(http: httpx2.Client, streamed: bool) -> None:
+    fields: dict[str, Any] = {"model": "llama", "enable_thinking": True, "reasoning_effort": "low", "stream": streamed}
+    response = Endpoint(http, CHAT).post(**fields)
+    assert response.status_code == 200
+    assert response.headers["x-ignored-fields"] == "reasoning_effort,enable_thinking"

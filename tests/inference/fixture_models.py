@@ -61,11 +61,11 @@ class attached:
     engine: Engine
 
     async def __aenter__(self) -> Engine:
-        await self.device.run(lambda: self.device.attach(self.engine))
+        await within(self.device.run(lambda: self.device.attach(self.engine)))
         return self.engine
 
     async def __aexit__(self, *_: object) -> None:
-        await self.device.run(lambda: self.device.detach(self.engine))
+        await within(self.device.run(lambda: self.device.detach(self.engine)))
 
 
 @cache

@@ -133,14 +133,14 @@ async def test_a_failure_of_which_nobody_is_left_to_hear_is_remembered(device: D
 async def test_models_that_are_put_there_or_taken_away_are_noticed(device: Device, models: Path) -> None:
     pool = pool_of(device, models)
     with pytest.raises(ModelNotFound, match="tiny") as unknown:
-        pool.checkpoint("another")
+        await pool.dialect("another")
     assert unknown.value.model == "another"
     shutil.copytree(models / "tiny", models / "another")
-    assert pool.checkpoint("another").path == models / "another"
+    await within(pool.dialect("another"))
     await within(borrow(pool))
     shutil.rmtree(models / "tiny")
     shutil.rmtree(models / "another")
-    pool.refresh()
+    await pool.refresh()
     assert [status.checkpoint.id for status in pool.statuses()] == ["tiny"], "what is loaded stays"
     await within(borrow(pool))
 

@@ -16,7 +16,7 @@ from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.api.failures import failure
 from mlx_manager.api.sse import DONE, KEEP_ALIVE, EventStream, data, until_disconnect
 from mlx_manager.core.errors import ModelNotFound
-from mlx_manager.core.events import Event, Reply, collect
+from mlx_manager.core.events import Event, Reply, Started, collect
 from mlx_manager.core.requests import GenerationRequest
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.inference.pool import ModelStatus
@@ -82,16 +82,21 @@ async def completions(request: Request, services: ServicesDep) -> Response:
 
 
 async def _answer(request: Request, gateway: Gateway, wanted: Wanted, writer: Writer) -> Response:
-    headers = {"x-backend": "local"}
-    if wanted.ignored:
-        headers["x-ignored-fields"] = ignored_header(wanted.ignored)
     if not wanted.stream:
         reply = await until_disconnect(request.receive, _collect(gateway, wanted.request))
-        return _json(writer.whole(reply), headers)
-    frames = _frames(gateway.stream(wanted.request), writer)
+        return _json(writer.whole(reply), _headers(wanted, reply.unused_options))
+    opening: list[Started] = []
+    frames = _frames(gateway.stream(wanted.request), writer, opening)
     # What can be refused is refused with a status; the reply is opened before anything slow begins.
     await until_disconnect(request.receive, _open(frames))
-    return EventStream(frames, headers=headers)
+    return EventStream(frames, headers=_headers(wanted, opening[0].unused_options))
+
+
+def _headers(wanted: Wanted, unused_options: tuple[str, ...]) -> dict[str, str]:
+    headers = {"x-backend": "local"}
+    if ignored := wanted.without_effect(unused_options):
+        headers["x-ignored-fields"] = ignored_header(ignored)
+    return headers
 
 
 async def _collect(gateway: Gateway, request: GenerationRequest) -> Reply:
@@ -103,14 +108,16 @@ async def _open(frames: AsyncGenerator[bytes]) -> None:
     await anext(frames)
 
 
-async def _frames(events: AsyncGenerator[Event], writer: Writer) -> AsyncGenerator[bytes]:
-    """The stream as bytes, ending in `[DONE]` or in one error. The first item is empty: once it is there, nothing can be refused
-    with a status any more, and closing this closes `events`."""
+async def _frames(events: AsyncGenerator[Event], writer: Writer, opening: list[Started]) -> AsyncGenerator[bytes]:
+    """The stream as bytes, ending in `[DONE]` or in one error. The first item is empty: once it is there, `opening` holds how the
+    reply began, nothing can be refused with a status any more, and closing this closes `events`."""
     async with aclosing(events):
-        opening = await anext(events)
+        started = await anext(events)
+        assert isinstance(started, Started), "every stream begins so"
+        opening.append(started)
         yield b""
         try:
-            yield b"".join(_frame(chunk) for chunk in writer.chunks(opening)) or KEEP_ALIVE
+            yield b"".join(_frame(chunk) for chunk in writer.chunks(started)) or KEEP_ALIVE
             async for event in events:
                 for chunk in writer.chunks(event):
                     yield _frame(chunk)
@@ -132,7 +139,7 @@ def _json(content: dict[str, Any], headers: dict[str, str] | None = None) -> Res
 @router.get("/v1/models")
 async def models(services: ServicesDep) -> JSONResponse:
     """Every model that can be asked, loaded or not."""
-    services.pool.refresh()
+    await services.pool.refresh()
     entries = [_model(status) for status in services.pool.statuses()]
     ids = [entry["id"] for entry in entries]
     return JSONResponse(
@@ -143,7 +150,7 @@ async def models(services: ServicesDep) -> JSONResponse:
 @router.get("/v1/models/{model_id:path}")
 async def model(model_id: str, services: ServicesDep) -> JSONResponse:
     """One model."""
-    services.pool.refresh()
+    await services.pool.refresh()
     statuses = {status.checkpoint.id: status for status in services.pool.statuses()}
     if model_id not in statuses:
         raise ModelNotFound(model_id, sorted(statuses))

@@ -84,7 +84,7 @@ async def metrics(services: ServicesDep) -> Response:
 @router.get("/api/status")
 async def status(services: ServicesDep) -> ServerStatus:
     """What is running: every model with its state, and the requests under way."""
-    services.pool.refresh()
+    await services.pool.refresh()
     return ServerStatus(
         version=version("mlx-manager"),
         draining=services.gateway.is_draining,

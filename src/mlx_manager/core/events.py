@@ -21,9 +21,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request is understood and fits; slow work begins. `prompt_tokens` counts all its prompts."""
+    """The request is understood and fits; slow work begins. `prompt_tokens` counts all its prompts; `unused_options` are
+    template options that this model's template does not know."""
 
     prompt_tokens: int
+    unused_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class Choice:
 class Reply:
     choices: list[Choice]
     usage: Usage
+    unused_options: tuple[str, ...] = ()
 
 
 async def collect(events: AsyncIterator[Event], num_choices: int = 1) -> Reply:
@@ -125,8 +128,8 @@ async def collect(events: AsyncIterator[Event], num_choices: int = 1) -> Reply:
     reply = Reply([Choice() for _ in range(num_choices)], Usage())
     async for event in events:
         match event:
-            case Started():
-                pass
+            case Started(_, unused_options):
+                reply.unused_options = unused_options
             case TextDelta(text, choice, logprobs):
                 target = reply.choices[choice]
                 target.text = (target.text or "") + text

@@ -19,13 +19,14 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request as the engine takes it: `specs` and `rendered` have one entry for each choice, in their order.
-    `room` is what the context leaves for each choice's reply, in tokens."""
+    `room` is what the context leaves for each choice's reply, in tokens; `unused_options` the template has no use for."""
 
     request: GenerationRequest
     specs: tuple[SequenceSpec, ...]
     rendered: tuple[Rendered, ...]
     room: tuple[int, ...]
     prompt_tokens: int
+    unused_options: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ class Dialect:
                         num_top_logprobs=request.num_top_logprobs,
                     )
                 )
-        return Prepared(request, tuple(specs), tuple(rendered), tuple(room), prompt_tokens)
+        options = {option for prompt in request.prompts if isinstance(prompt, Conversation) for option in prompt.template_options}
+        unused = tuple(sorted(options - {self.family.thinking_option}))
+        return Prepared(request, tuple(specs), tuple(rendered), tuple(room), prompt_tokens, unused)
 
     def reader(self, prepared: Prepared, choice: int) -> ReplyReader:
         """What turns the tokens of a choice into events."""

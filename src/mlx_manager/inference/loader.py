@@ -3,7 +3,7 @@
 transformers and mlx-lm take seconds to import. They are imported where they are used, so that the server listens and the
 command line answers before; `import_libraries` does it ahead of the first request.
 """
-# ruff: noqa: PLC0415 - see above
+# ruff: noqa: PLC0415, F401 - see above
 # pyright: basic
 
 import json
@@ -41,7 +41,7 @@ def import_libraries() -> None:
         import mlx_lm.utils
         import transformers
 
-        import mlx_manager.inference.engine.runner  # noqa: F401
+        import mlx_manager.inference.engine.runner
 
 
 def load_dialect(path: Path, context_length: int | None) -> Dialect:

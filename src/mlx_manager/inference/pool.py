@@ -60,11 +60,14 @@ class Pool:
         self._find = find_checkpoints
         self._limits = limits
         self._entries: dict[str, _Entry] = {}
-        self.refresh()
+        self._notice(find_checkpoints())
 
-    def refresh(self) -> None:
+    async def refresh(self) -> None:
         """Looks again at what is on disk. Loaded models stay even if their folder went."""
-        found = {c.id: c for c in self._find() if c.kind == "text"}
+        self._notice(await asyncio.to_thread(self._find))
+
+    def _notice(self, checkpoints: list[Checkpoint]) -> None:
+        found = {c.id: c for c in checkpoints if c.kind == "text"}
         for model_id, checkpoint in found.items():
             entry = self._entries.get(model_id)
             if entry is None or (entry.state in ("cold", "failed") and entry.checkpoint != checkpoint):
@@ -89,12 +92,9 @@ class Pool:
     def engines(self) -> dict[str, Engine]:
         return {i: e.model.engine for i, e in self._entries.items() if e.model is not None}
 
-    def checkpoint(self, model_id: str) -> Checkpoint:
-        return self._entry(model_id).checkpoint
-
     async def dialect(self, model_id: str) -> Dialect:
         """How the model reads and writes; does not load its weights. Raises `ModelNotFound` and `ModelLoadFailed`."""
-        entry = self._entry(model_id)
+        entry = await self._entry(model_id)
         if entry.dialect is None:
             checkpoint = entry.checkpoint
             read = asyncio.to_thread(load_dialect, checkpoint.path, checkpoint.context_length)
@@ -116,7 +116,7 @@ class Pool:
     async def lend(self, model_id: str) -> AsyncGenerator[LocalModel]:
         """The model, loaded if need be: once, however many wait, and to its end even if they go.
         Raises `ModelNotFound` and `ModelLoadFailed`; after a failure the next request tries again."""
-        entry = self._entry(model_id)
+        entry = await self._entry(model_id)
         if entry.model is None:
             if entry.loading is None:
                 entry.loading = asyncio.create_task(self._load(entry))
@@ -152,9 +152,9 @@ class Pool:
         finally:
             entry.loading = None
 
-    def _entry(self, model_id: str) -> _Entry:
+    async def _entry(self, model_id: str) -> _Entry:
         if model_id not in self._entries:
-            self.refresh()  # it may have been put there since
+            await self.refresh()  # it may have been put there since
         entry = self._entries.get(model_id)
         if entry is None:
             raise ModelNotFound(model_id, sorted(self._entries))

@@ -118,9 +118,9 @@ def test_tokens_are_drawn_by_the_distribution_of_the_reference(name: str) -> Non
 @pytest.mark.parametrize("name", SETTINGS)
 def test_neighbours_that_ask_for_something_else_change_no_draw(name: str) -> None:
     random_of = random.Random(name)
-    steps = [logits_of(seed) for seed in range(40)]
+    steps = [logits_of(seed) for seed in range(20)]
     (alone,) = drawn([SETTINGS[name]], steps)
-    for _ in range(3):
+    for _ in range(2):
         neighbours = [*random_of.sample(list(SETTINGS.values()), 6), GREEDY]
         place = random_of.randrange(8)
         batch = [*neighbours[:place], SETTINGS[name], *neighbours[place:]]

@@ -1,7 +1,7 @@
 """What an OpenAI client sends → what it wants."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -19,13 +19,19 @@ S = TypeVar("S", bound=schema.Sampling)
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """`request` is for the gateway; the rest is how the reply is to be written. `ignored` are fields without effect."""
+    """`request` is for the gateway; the rest is how the reply is to be written. `ignored` are fields without effect;
+    `option_fields` says which fields a template option came from, should it turn out to have none."""
 
     request: GenerationRequest
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...]
+    option_fields: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     echo: tuple[str, ...] = ()  # completions: the text of each prompt, if it is to stand before the reply
+
+    def without_effect(self, unused_options: tuple[str, ...]) -> tuple[str, ...]:
+        """All fields without effect, now that the model has said which options it has no use for."""
+        return (*self.ignored, *(name for option in unused_options for name in self.option_fields.get(option, ())))
 
 
 def read_chat(body: bytes) -> Wanted:
@@ -62,7 +68,8 @@ def read_chat(body: bytes) -> Wanted:
         num_top_logprobs=(wire.top_logprobs or 0) if wire.logprobs else None,
         parallel_tool_calls=wire.parallel_tool_calls is not False,
     )
-    return Wanted(request, wire.stream is True, _include_usage(wire), ignored)
+    option_fields = MappingProxyType({"enable_thinking": _thinking_fields(wire)})
+    return Wanted(request, wire.stream is True, _include_usage(wire), ignored, option_fields)
 
 
 def read_completion(body: bytes) -> Wanted:
@@ -88,7 +95,7 @@ def read_completion(body: bytes) -> Wanted:
         num_replies=num_replies,
         num_top_logprobs=wire.logprobs,
     )
-    return Wanted(request, wire.stream is True, _include_usage(wire), ignored, echo)
+    return Wanted(request, wire.stream is True, _include_usage(wire), ignored, echo=echo)
 
 
 def _read(body: bytes, model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tuple[str, ...]]:
@@ -211,6 +218,16 @@ def _template_options(wire: schema.ChatRequest) -> Mapping[str, Any]:
     if wire.enable_thinking is not None:
         options["enable_thinking"] = wire.enable_thinking
     return MappingProxyType(options)
+
+
+def _thinking_fields(wire: schema.ChatRequest) -> tuple[str, ...]:
+    """The fields that say whether the model is to think."""
+    given = (
+        ("reasoning_effort", wire.reasoning_effort is not None),
+        ("enable_thinking", wire.enable_thinking is not None),
+        ("chat_template_kwargs.enable_thinking", bool(without_nulls(wire.chat_template_kwargs or {}))),
+    )
+    return tuple(name for name, is_given in given if is_given)
 
 
 def _unsupported(param: str, why: str) -> InvalidField:

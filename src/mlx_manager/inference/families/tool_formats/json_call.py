@@ -13,6 +13,8 @@ NOT_A_VALUE = object()
 # A line end inside a string is the model's way of writing one.
 _DECODER = json.JSONDecoder(strict=False)
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
+# Characters: Python's parser is slow, and a model in a loop can write text on which it is tried a thousand times.
+_MAX_SINGLE_QUOTED = 10_000
 _SINGLE_QUOTED = re.compile(r"\s*(\[\s*)?\{\s*'")
 
 
@@ -33,7 +35,8 @@ def begin_json(text: str, start: int) -> tuple[Any, int]:
 def read_single_quoted(text: str) -> Any:
     """JSON as Python prints it (single quotes, True, None), which some models write; `NOT_A_VALUE` if it is none."""
     text = text.strip()
-    return read_literal(text) if _SINGLE_QUOTED.match(text) and text[-1] in "]}" else NOT_A_VALUE
+    is_likely = len(text) <= _MAX_SINGLE_QUOTED and _SINGLE_QUOTED.match(text) is not None and text[-1] in "]}"
+    return read_literal(text) if is_likely else NOT_A_VALUE
 
 
 def read_literal(source: str | ast.expr) -> Any:

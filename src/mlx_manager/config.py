@@ -23,9 +23,7 @@ class Config(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback an API key is required.")
     port: int = Field(10242, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    data_dir: Path = Field(
-        default_factory=lambda: user_data_path("mlx-manager", appauthor=False), description="Folder of the database."
-    )
+    data_dir: Path = Field(default_factory=lambda: user_data_path("mlx-manager", appauthor=False), description="Folder of the database.")
     models_dir: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description=f"Folders whose subfolders are models, separated by '{os.pathsep}'; the flag can be repeated."
     )

@@ -224,15 +224,15 @@ async def generated(device: Device, family: str, specs: list[SequenceSpec]) -> l
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_the_same_seed_gives_the_same_tokens_alone_and_among_seven_others(device: Device, family: str) -> None:
-    wanted = asking(TokenSampling(seed=99, temperature=1.2, top_p=0.95))
+    wanted = asking(TokenSampling(seed=99, temperature=2.0, top_p=0.98))
     ((*alone,),) = await generated(device, family, [wanted])
     settings = list(SETTINGS.values())
     for first in (0, 4):
         others = [asking(s, prompt=tuple(range(300, 305 + 9 * i))) for i, s in enumerate(settings[first : first + 7])]
         batch = await generated(device, family, [*others[:3], wanted, *others[3:]])
         assert batch[3] == alone
-    ((*other_seed,),) = await generated(device, family, [asking(replace(wanted.sampling, seed=100))])
-    assert other_seed != alone
+    others = [asking(replace(wanted.sampling, seed=seed)) for seed in range(100, 106)]
+    assert any(tokens != alone for tokens in await generated(device, family, others))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -146,5 +146,6 @@ class Server(uvicorn.Server):
 def serve(config: Config) -> None:
     """Runs until a signal."""
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every start that it did nothing
     telemetry.configure_logfire()
     Server(build(config), config).run()

@@ -2,11 +2,12 @@
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
-from mlx_manager.core.errors import ModelLoadFailed, ModelNotFound
+from mlx_manager.core.errors import EngineFault, ModelLoadFailed, ModelNotFound
 from mlx_manager.hub.checkpoint import Checkpoint, read
 from mlx_manager.hub.local import find_models
 from mlx_manager.inference.engine.device import Device
@@ -151,3 +152,27 @@ async def test_what_a_model_reads_and_writes_is_known_without_its_weights(device
     first, second = await within(asyncio.gather(pool.dialect("tiny"), pool.dialect("tiny")))
     assert first is second
     assert state(pool) == "cold"
+
+
+async def test_who_waits_for_a_load_is_told_when_the_server_ends(device: Device, models: Path) -> None:
+    pool = pool_of(device, models)
+    goes_on = threading.Event()
+
+    def hold_up() -> None:
+        goes_on.wait(20)
+
+    device.post(hold_up)  # the load has to wait for it
+    waiters = [asyncio.create_task(borrow(pool)) for _ in range(2)]
+    async with asyncio.timeout(20):
+        while state(pool) != "loading":  # noqa: ASYNC110 - it says so by its state alone
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
+    pool.abort(EngineFault("The server is shutting down."))
+    pool.abort(EngineFault("The server is shutting down."))
+    told = await within(asyncio.gather(*waiters, return_exceptions=True))
+    goes_on.set()
+    assert [str(error) for error in told] == ["The server is shutting down."] * 2
+    assert all(isinstance(error, EngineFault) for error in told)
+    async with asyncio.timeout(20):
+        while state(pool) != "ready":  # noqa: ASYNC110 - the load went on
+            await asyncio.sleep(0.01)

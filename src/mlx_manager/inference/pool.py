@@ -60,6 +60,7 @@ class Pool:
         self._find = find_checkpoints
         self._limits = limits
         self._entries: dict[str, _Entry] = {}
+        self._waiting: set[asyncio.Future[str]] = set()  # one for each who waits for a load; its result ends the wait
         self._notice(find_checkpoints())
 
     async def refresh(self) -> None:
@@ -121,14 +122,29 @@ class Pool:
             if entry.loading is None:
                 entry.loading = asyncio.create_task(self._load(entry))
                 entry.loading.add_done_callback(_seen)
-            await asyncio.shield(entry.loading)
+            await self._unless_aborted(entry.loading)
         assert entry.model is not None
         yield entry.model
 
     def abort(self, error: EngineFault) -> None:
-        """Ends every reply under way with `error`."""
+        """Ends every reply under way with `error`, and every wait for a model; a load that has begun goes on."""
         for engine in self.engines().values():
             engine.abort(error)
+        for ending in self._waiting:
+            if not ending.done():
+                ending.set_result(error.message)
+
+    async def _unless_aborted(self, loading: asyncio.Task[LocalModel]) -> None:
+        """Waits for a load without cancelling it. Raises what it raises, or `EngineFault` if `abort` comes first."""
+        ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._waiting.add(ending)
+        try:
+            await asyncio.wait({loading, ending}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._waiting.discard(ending)
+        if ending.done():
+            raise EngineFault(ending.result())
+        loading.result()
 
     async def _load(self, entry: _Entry) -> LocalModel:
         model_id = entry.checkpoint.id

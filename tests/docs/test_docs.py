@@ -28,6 +28,12 @@ def test_every_command_is_in_the_readme() -> None:
     assert commands - aliases <= named
 
 
+def test_every_flag_of_serve_is_in_the_readme_and_every_documented_one_exists() -> None:
+    serve = typer.main.get_command(cli).commands["serve"]  # type: ignore[attr-defined]
+    flags = {option for parameter in serve.params for option in parameter.opts if option.startswith("--")}
+    assert set(re.findall(r"^\| `MLX_MANAGER_\w+` \| `(--[a-z-]+)`", README, re.MULTILINE)) == flags - {"--help"}
+
+
 def test_every_route_is_in_the_readme_and_every_documented_one_exists(tmp_path: Path) -> None:
     app = application.build(Config(data_dir=tmp_path))
     routes = {(method.upper(), path.replace("model_id", "id")) for path, methods in app.openapi()["paths"].items() for method in methods}

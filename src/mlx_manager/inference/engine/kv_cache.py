@@ -44,7 +44,3 @@ class BatchCache:
         else:
             for layer in self.layers:
                 layer.filter(rows)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)

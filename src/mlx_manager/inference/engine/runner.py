@@ -36,10 +36,6 @@ class Runner:
     def can_batch(self) -> bool:
         return self._cache.can_batch
 
-    @property
-    def cache_bytes(self) -> int:
-        return self._cache.num_bytes
-
     def prefill(self, chunk: Chunk) -> None:
         """Queues the keys and values of a stretch of a prompt; no logits are computed."""
         row = self._prefilled.get(chunk.sequence)

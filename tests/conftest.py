@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 
 from mlx_manager.hub.local import find_models  # noqa: E402
 from mlx_manager.inference.engine.device import Device  # noqa: E402
-from mlx_manager.inference.loader import BatchLimits  # noqa: E402
+from mlx_manager.inference.loader import EngineLimits  # noqa: E402
 from mlx_manager.inference.pool import Pool  # noqa: E402
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -28,4 +28,4 @@ def device() -> Iterator[Device]:
 @pytest.fixture(scope="session")
 def pool(device: Device) -> Pool:
     """The fixture models; what is loaded stays for the session."""
-    return Pool(device, lambda: list(find_models([MODELS], None).models), BatchLimits())
+    return Pool(device, lambda: list(find_models([MODELS], None).models), EngineLimits())

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from mlx_manager import telemetry
-from mlx_manager.api import failures, openai, system, web
+from mlx_manager.api import failures, openai, prefix, system, web
 from mlx_manager.api.dependencies import Services
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
@@ -22,7 +22,7 @@ from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
 from mlx_manager.hub.local import find_models, hub_cache_folder
 from mlx_manager.inference.engine.device import Device
-from mlx_manager.inference.loader import BatchLimits, import_libraries
+from mlx_manager.inference.loader import EngineLimits, import_libraries
 from mlx_manager.inference.pool import Pool
 from mlx_manager.storage.database import Database
 
@@ -32,7 +32,16 @@ log = logging.getLogger(__name__)
 def build_services(config: Config) -> Services:
     """Everything that lives as long as the process; started by `running`."""
     device = Device()
-    limits = BatchLimits(max_sequences=config.max_batch, prefill_budget=config.prefill_budget)
+    limits = EngineLimits(
+        max_sequences=config.max_batch,
+        prefill_budget=config.prefill_budget,
+        step_s=config.step_ms / 1000,
+        kv_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30),
+        disk_bytes=int(config.prefix_disk_gib * 2**30),
+        disk_folder=config.prefix_dir,
+        ageing_s=config.ageing_s,
+        check_every=256 if config.log_level == "debug" else 0,
+    )
     pool = Pool(device, lambda: list(find_models(config.model_folders, hub_cache_folder()).models), limits)
     metrics = telemetry.Metrics(pool.engines)
     gateway = Gateway(
@@ -53,6 +62,7 @@ async def running(services: Services) -> AsyncGenerator[Services]:
         yield services
     finally:
         await importing
+        await services.pool.close()
         await asyncio.to_thread(services.device.stop)
         await services.database.close()
 
@@ -92,6 +102,7 @@ def application(services: Services) -> FastAPI:
     app.state.services = services
     failures.install(app)
     app.include_router(openai.router)
+    app.include_router(prefix.router)
     app.include_router(system.router)
     app.include_router(web.router)
     return app

@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast, get_args
 
 from platformdirs import user_data_path
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+Priority = Literal["high", "normal", "low"]
 Several = Annotated[tuple[str, ...], NoDecode]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -32,7 +33,13 @@ class Config(BaseSettings):
     allowed_origins: Several = Field((), description="Web origins that may call the API from a browser, separated by commas.")
     max_concurrent_requests: int = Field(256, ge=1, description="More than these at a time are answered 503.")
     max_batch: int = Field(32, ge=1, description="Sequences that one model decodes together.")
-    prefill_budget: int = Field(512, ge=1, description="Prompt tokens that one model computes between two decode steps.")
+    prefill_budget: int = Field(2048, ge=1, description="Prompt tokens that a model computes at most between two decode steps.")
+    step_ms: float = Field(50.0, gt=0, description="How long a step may take while replies run: prompts are computed in pieces that fit.")
+    kv_cache_gib: float | None = Field(None, gt=0, description="Memory of one model for keys and values, in GiB; a sixth of what is left.")
+    prefix_disk_gib: float = Field(0.0, ge=0, description="Disk for prefixes that left memory, in GiB for each model; 0: none.")
+    endpoint_priority: Several = Field((), description="Classes of priority by path, as /v1/completions=low, separated by commas.")
+    ageing_s: float = Field(10.0, gt=0, description="Waiting time that outweighs a class of priority, in seconds.")
+    request_timeout_s: float = Field(3600.0, gt=0, description="A reply that takes longer is ended with an error, in seconds.")
     drain_s: float = Field(30.0, ge=0, description="How long replies may go on after Ctrl-C or SIGTERM, in seconds.")
     log_level: LogLevel = Field("info", description="debug, info, warning or error.")
 
@@ -41,10 +48,24 @@ class Config(BaseSettings):
     def _paths(cls, value: object) -> object:
         return tuple(p for p in value.split(os.pathsep) if p) if isinstance(value, str) else value
 
-    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    @field_validator("allowed_hosts", "allowed_origins", "endpoint_priority", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         return tuple(n.strip() for n in value.split(",") if n.strip()) if isinstance(value, str) else value
+
+    @field_validator("endpoint_priority")
+    @classmethod
+    def _priorities(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            path, _, priority = entry.partition("=")
+            if not path.startswith("/") or priority not in get_args(Priority):
+                raise ValueError(f"'{entry}' is not a path and a class, as /v1/completions=low")
+        return value
+
+    def priority_of(self, path: str) -> Priority:
+        """The class of requests to a path, as far as the server decides: normal where nothing is said."""
+        priorities = dict(entry.split("=", 1) for entry in self.endpoint_priority)
+        return cast(Priority, priorities.get(path, "normal"))
 
     @property
     def is_loopback(self) -> bool:
@@ -54,6 +75,10 @@ class Config(BaseSettings):
     def model_folders(self) -> tuple[Path, ...]:
         """Where models are looked for, beside the Hub cache: the operator's folders first, then what ships with the package."""
         return (*self.models_dir, BUNDLED_MODELS)
+
+    @property
+    def prefix_dir(self) -> Path:
+        return self.data_dir / "prefixes"
 
     @property
     def database_path(self) -> Path:

@@ -81,14 +81,29 @@ class _EngineCollector(Collector):
         decoded = CounterMetricFamily("mlx_manager_decoded_tokens", "Tokens decoded.", labels=("model",))
         prefilled = CounterMetricFamily("mlx_manager_prefilled_tokens", "Prompt tokens computed.", labels=("model",))
         faults = CounterMetricFamily("mlx_manager_engine_faults", "Times an engine failed its requests.", labels=("model",))
+        hits = CounterMetricFamily("mlx_manager_prefix_tokens", "Prompt tokens that were computed already.", labels=("model",))
+        fetched = CounterMetricFamily("mlx_manager_prefix_disk_blocks", "Blocks read back from the disk.", labels=("model",))
+        preempted = CounterMetricFamily("mlx_manager_preemptions", "Times a sequence gave way to another.", labels=("model",))
+        evicted = CounterMetricFamily("mlx_manager_kv_evictions", "Blocks of prefixes that gave way to others.", labels=("model",))
+        blocks = GaugeMetricFamily("mlx_manager_kv_blocks", "Blocks of keys and values.", labels=("model", "kind", "state"))
+        allocated = GaugeMetricFamily("mlx_manager_kv_bytes", "Memory allocated for keys and values.", labels=("model",))
         for model, engine in self._engines().items():
+            cache = engine.cache_state
+            hits.add_metric([model], engine.counters.cached_tokens)
+            fetched.add_metric([model], engine.counters.fetched_blocks)
+            preempted.add_metric([model], cache.num_preemptions)
+            evicted.add_metric([model], cache.num_evictions)
+            free = cache.num_blocks - cache.num_held - cache.num_cached
+            for state, count in (("held", cache.num_held), ("cached", cache.num_cached), ("free", free)):
+                blocks.add_metric([model, cache.kind, state], count)
+            allocated.add_metric([model], cache.allocated_bytes)
             running.add_metric([model], engine.num_running)
             waiting.add_metric([model], engine.num_waiting)
             steps.add_metric([model], engine.counters.decode_steps)
             decoded.add_metric([model], engine.counters.decoded_tokens)
             prefilled.add_metric([model], engine.counters.prefilled_tokens)
             faults.add_metric([model], engine.counters.faults)
-        yield from (running, waiting, steps, decoded, prefilled, faults)
+        yield from (running, waiting, steps, decoded, prefilled, faults, hits, fetched, preempted, evicted, blocks, allocated)
 
 
 def trace_exchange(exchange: Exchange) -> None:

@@ -102,7 +102,7 @@ def test_folder_names_are_never_markup(served: Served) -> None:
 def test_what_comes_from_outside_is_text(text: str) -> None:
     model = ModelState(
         id=text, kind="text", architecture=text, context_length=None, size_bytes=1, num_parameters=1, quantization_bits=None,
-        state="failed", error=text, load_s=None, num_running=0, num_waiting=0,
+        state="failed", error=text, load_s=None, num_running=0, num_waiting=0, kv_cache=None,
     )  # fmt: skip
     status = ServerStatus(version="1", draining=False, num_in_flight=0, models=[model])
     elements = Elements(page("http://localhost", status))

@@ -3,10 +3,17 @@
 from collections.abc import Iterable
 from typing import Any
 
-from openai.types import Completion
+from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 Json = dict[str, Any]
+
+
+def _usage(usage: CompletionUsage) -> Json:
+    """Without what depends on who asked before: which tokens of the prompt were there already."""
+    counts = usage.model_dump()
+    (counts["prompt_tokens_details"] or {}).pop("cached_tokens", None)
+    return counts
 
 
 def said(reply: ChatCompletion) -> Json:
@@ -21,7 +28,7 @@ def said(reply: ChatCompletion) -> Json:
         message.setdefault("reasoning_content", None)
         del message["annotations"]
     assert reply.usage is not None
-    return {"choices": choices, "usage": reply.usage.model_dump()}
+    return {"choices": choices, "usage": _usage(reply.usage)}
 
 
 def collected(chunks: Iterable[ChatCompletionChunk]) -> Json:
@@ -35,7 +42,7 @@ def collected(chunks: Iterable[ChatCompletionChunk]) -> Json:
     num_choices = len({c.choices[0].index for c in before})
     return {
         "choices": [_choice(i, [c for c in before if c.choices[0].index == i]) for i in range(num_choices)],
-        "usage": last.usage.model_dump(),
+        "usage": _usage(last.usage),
     }
 
 
@@ -75,7 +82,7 @@ def _choice(index: int, chunks: list[ChatCompletionChunk]) -> Json:
 def written(reply: Completion) -> Json:
     """Choices and usage of a completion."""
     assert reply.usage is not None
-    return {"choices": [c.model_dump() for c in reply.choices], "usage": reply.usage.model_dump()}
+    return {"choices": [c.model_dump() for c in reply.choices], "usage": _usage(reply.usage)}
 
 
 def collected_completion(chunks: Iterable[Completion]) -> Json:
@@ -95,4 +102,4 @@ def collected_completion(chunks: Iterable[Completion]) -> Json:
         if piece.logprobs is not None:
             logprobs = piece.logprobs.model_dump()
             choice["logprobs"] = logprobs if choice["logprobs"] is None else {k: v + logprobs[k] for k, v in choice["logprobs"].items()}
-    return {"choices": [choices[i] for i in sorted(choices)], "usage": last.usage.model_dump()}
+    return {"choices": [choices[i] for i in sorted(choices)], "usage": _usage(last.usage)}

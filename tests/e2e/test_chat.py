@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from typing import Any
 
 import pytest
@@ -79,7 +80,6 @@ def test_usage_counts_every_token_once(client: OpenAI) -> None:
     two = said(whole(client, max_tokens=5, n=2))["usage"]
     assert one["total_tokens"] == one["prompt_tokens"] + one["completion_tokens"]
     assert one["completion_tokens"] == 5
-    assert one["prompt_tokens_details"]["cached_tokens"] == 0
     assert one["completion_tokens_details"]["reasoning_tokens"] == 0
     assert (two["prompt_tokens"], two["completion_tokens"]) == (one["prompt_tokens"], 10)
 
@@ -214,6 +214,22 @@ def test_known_questions_have_known_answers(client: OpenAI, name: str) -> None:
     assert choice["message"]["reasoning_content"] == (prompt.reasoning if name.startswith("thinking_") else None)
     assert choice["finish_reason"] == ("tool_calls" if prompt.calls else "stop")
     assert collected(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})) == reply
+
+
+@pytest.mark.requirement("BATCH-02")
+def test_a_prompt_that_was_computed_before_is_not_computed_again_and_the_usage_says_so(client: OpenAI) -> None:
+    words = " ".join(f"{secrets.randbelow(1000)}" for _ in range(60))
+    first, again = (whole(client, f"Remember {words}. What is {n} + 1?", max_tokens=3).usage for n in (3, 4))
+    assert first is not None
+    assert again is not None
+    assert first.prompt_tokens_details is not None
+    assert again.prompt_tokens_details is not None
+    before, after = first.prompt_tokens_details.cached_tokens, again.prompt_tokens_details.cached_tokens
+    assert before is not None
+    assert after is not None
+    assert before <= 32, "the words are new"
+    assert first.prompt_tokens - 96 < after < again.prompt_tokens
+    assert after % 32 == 0
 
 
 def test_every_word_of_the_reply_is_in_its_envelope(client: OpenAI) -> None:

@@ -19,12 +19,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from mlx_manager import app, telemetry
 from mlx_manager.config import Config
 from mlx_manager.core.errors import EngineFault
+from mlx_manager.inference.engine.block_pool import BlockPool
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine, PendingStep
-from mlx_manager.inference.engine.scheduler import Chunk, Scheduler
-from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, Token, TokenSampling
+from mlx_manager.inference.engine.pace import Pace
+from mlx_manager.inference.engine.prefix import PrefixKeys
+from mlx_manager.inference.engine.scheduler import Plan, Policy, Scheduler
+from mlx_manager.inference.engine.sequence import SequenceSpec, Token, TokenSampling
 from mlx_manager.telemetry import Metrics
 from tests.e2e.serving import FIXTURE_MODELS, MODEL, Running, serve_thread
+from tests.inference.engine.passes import KeepsNothing
 
 SERIES = set(re.findall(r"`(mlx_manager_[a-z_]+)`", (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()))
 ENDLESS = {"model": MODEL, "prompt": "apple apple", "max_tokens": 4000, "temperature": 0, "logit_bias": {"300": 100}, "stream": True}
@@ -66,6 +70,9 @@ def test_every_documented_series_moves(traced: Running) -> None:
     with traced.http() as http:
         assert http.post("/v1/completions", json=ENDLESS | {"max_tokens": 3, "stream": False}).status_code == 200
         assert http.post("/v1/completions", json=ENDLESS | {"model": "nobody"}).status_code == 404
+        for _ in range(2):
+            long = {"prompt": [300] * 70, "max_tokens": 1, "stream": False}
+            assert http.post("/v1/completions", json=ENDLESS | long).status_code == 200
         with http.stream("POST", "/v1/completions", json=ENDLESS | {"n": 4}) as response:
             pieces = response.iter_bytes()  # forgetting it would close the connection
             next(pieces)
@@ -79,33 +86,32 @@ def test_every_documented_series_moves(traced: Running) -> None:
     gauges = {"mlx_manager_running_sequences", "mlx_manager_waiting_sequences"}
     assert {name: busy[name] for name in gauges} == dict.fromkeys(gauges, 2)
     assert {name: after[name] for name in gauges} == dict.fromkeys(gauges, 0)
-    # A fault of the engine has a test of its own, below.
+    # A fault of the engine has a test of its own, below; nothing here is short of memory or has a disk.
     still = {name for name in SERIES - gauges if after[name] <= before[name]}
-    assert still == {"mlx_manager_engine_faults_total"}
+    assert still == {
+        "mlx_manager_engine_faults_total",
+        "mlx_manager_preemptions_total",
+        "mlx_manager_kv_evictions_total",
+        "mlx_manager_prefix_disk_blocks_total",
+    }
     for outcome in ("ok", "client_error", "cancelled"):
         assert traced.metric("mlx_manager_requests_total", outcome=outcome) >= 1
     assert traced.metric("mlx_manager_requests_total", model="nobody") == 0
 
 
-class Failing:
+class Failing(KeepsNothing):
     """Forward passes that fail."""
 
-    def prefill(self, chunk: Chunk) -> None:
+    def queue(self, plan: Plan) -> PendingStep:
         raise RuntimeError("no device")
 
-    def decode(self, rows: object) -> PendingStep:
-        raise RuntimeError("no device")
-
-    def read(self, pending: PendingStep) -> list[Token]:
+    def read(self, pending: PendingStep) -> list[Token | None]:
         raise AssertionError
-
-    def forget(self, sequence: Sequence) -> None: ...
-    def clear(self) -> None: ...
 
 
 async def test_a_fault_of_an_engine_is_counted() -> None:
     device = Device()
-    engine = Engine(device, Failing(), Scheduler(max_sequences=1, prefill_budget=8))
+    engine = Engine(device, Failing(), Scheduler(BlockPool(8), PrefixKeys("failing", "none"), Policy()), Pace(8, 1.0))
     metrics = Metrics(lambda: {"tiny": engine})
     device.start()
     try:

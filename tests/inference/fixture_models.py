@@ -15,10 +15,9 @@ from mlx_manager.hub.checkpoint import read
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
-from mlx_manager.inference.engine.runner import Runner
-from mlx_manager.inference.engine.scheduler import Scheduler
 from mlx_manager.inference.engine.sequence import Ended, SequenceSpec, Token, TokenSampling
-from mlx_manager.inference.loader import load_dialect
+from mlx_manager.inference.loader import EngineLimits, load_dialect
+from mlx_manager.inference.loader import make_engine as build_engine
 
 T = TypeVar("T")
 
@@ -47,10 +46,10 @@ def weights(family: str) -> Any:
     return model
 
 
-def make_engine(device: Device, family: str, *, max_sequences: int = 32, prefill_budget: int = 512) -> Engine:
-    """An engine of its own on shared weights. Must be detached by who attaches it."""
-    scheduler = Scheduler(max_sequences=max_sequences, prefill_budget=prefill_budget)
-    return Engine(device, Runner(weights(family), dialect(family).vocab_size), scheduler)
+def make_engine(device: Device, family: str, **limits: Any) -> Engine:
+    """An engine of its own on shared weights, its books checked at every step. Must be detached by who attaches it."""
+    asked = EngineLimits(**{"check_every": 1, "step_s": 10.0, "kv_bytes": 64 << 20} | limits)
+    return build_engine(weights(family), device, asked, vocab_size=dialect(family).vocab_size, model_key=family)
 
 
 @dataclass

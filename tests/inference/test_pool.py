@@ -12,7 +12,7 @@ from mlx_manager.hub.checkpoint import Checkpoint, read
 from mlx_manager.hub.local import find_models
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.sequence import SequenceSpec
-from mlx_manager.inference.loader import BatchLimits
+from mlx_manager.inference.loader import EngineLimits
 from mlx_manager.inference.local_model import LocalModel
 from mlx_manager.inference.pool import Pool
 from tests.inference.fixture_models import GREEDY, folder, receive, within
@@ -26,12 +26,12 @@ def models(tmp_path: Path) -> Path:
 
 
 def pool_of(device: Device, models: Path) -> Pool:
-    return Pool(device, lambda: list(find_models([models], None).models), BatchLimits())
+    return Pool(device, lambda: list(find_models([models], None).models), EngineLimits())
 
 
 def pool_that_trusts(device: Device, checkpoint: Checkpoint) -> Pool:
     """The catalogue was made before the files went bad."""
-    return Pool(device, lambda: [checkpoint], BatchLimits())
+    return Pool(device, lambda: [checkpoint], EngineLimits())
 
 
 async def borrow(pool: Pool) -> LocalModel:

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_manager.api.dependencies import ServicesDep
+from mlx_manager.api.dependencies import Services, ServicesDep
 from mlx_manager.api.failures import failure
 from mlx_manager.api.sse import DONE, KEEP_ALIVE, EventStream, data, until_disconnect
+from mlx_manager.config import Config
 from mlx_manager.core.errors import ModelNotFound
 from mlx_manager.core.events import Event, Reply, Started, collect
 from mlx_manager.core.requests import GenerationRequest
@@ -62,7 +64,7 @@ async def chat_completions(request: Request, services: ServicesDep) -> Response:
         num_choices=wanted.request.num_replies,
         include_usage=wanted.include_usage,
     )
-    return await _answer(request, services.gateway, wanted, writer)
+    return await _answer(request, services, wanted, writer)
 
 
 @router.post("/v1/completions", openapi_extra=_body(schema.CompletionRequest))
@@ -78,18 +80,29 @@ async def completions(request: Request, services: ServicesDep) -> Response:
         echo=wanted.echo,
         include_usage=wanted.include_usage,
     )
-    return await _answer(request, services.gateway, wanted, writer)
+    return await _answer(request, services, wanted, writer)
 
 
-async def _answer(request: Request, gateway: Gateway, wanted: Wanted, writer: Writer) -> Response:
+async def _answer(request: Request, services: Services, wanted: Wanted, writer: Writer) -> Response:
+    gateway, generation = services.gateway, _as_served(request, services.config, wanted.request)
     if not wanted.stream:
-        reply = await until_disconnect(request.receive, _collect(gateway, wanted.request))
+        reply = await until_disconnect(request.receive, _collect(gateway, generation))
         return _json(writer.whole(reply), _headers(wanted, reply.unused_options))
     opening: list[Started] = []
-    frames = _frames(gateway.stream(wanted.request), writer, opening)
+    frames = _frames(gateway.stream(generation), writer, opening)
     # What can be refused is refused with a status; the reply is opened before anything slow begins.
     await until_disconnect(request.receive, _open(frames))
     return EventStream(frames, headers=_headers(wanted, opening[0].unused_options))
+
+
+def _as_served(request: Request, config: Config, generation: GenerationRequest) -> GenerationRequest:
+    """With what the server decides and no client can say."""
+    return replace(
+        generation,
+        priority=config.priority_of(request.url.path),
+        client=request.client.host if request.client else "",
+        timeout_s=config.request_timeout_s,
+    )
 
 
 def _headers(wanted: Wanted, unused_options: tuple[str, ...]) -> dict[str, str]:

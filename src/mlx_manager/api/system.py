@@ -7,9 +7,37 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from mlx_manager.api.dependencies import ServicesDep
+from mlx_manager.inference.engine.engine import CacheState
 from mlx_manager.inference.pool import ModelStatus, State
 
 router = APIRouter(tags=["System"])
+
+
+class KVCache(BaseModel):
+    """How a loaded model keeps keys and values: `kind` (paged, slots, slots gathered, single), blocks of 32 tokens that sequences hold, and
+    that are kept for whoever comes with the same prefix; `allocated_bytes` of memory, `disk_bytes` and `disk_blocks` on the disk."""
+
+    kind: str
+    block_bytes: int
+    num_blocks: int
+    num_held: int
+    num_cached: int
+    allocated_bytes: int
+    disk_blocks: int
+    disk_bytes: int
+
+    @classmethod
+    def of(cls, state: CacheState) -> "KVCache":
+        return cls(
+            kind=state.kind,
+            block_bytes=state.block_bytes,
+            num_blocks=state.num_blocks,
+            num_held=state.num_held,
+            num_cached=state.num_cached,
+            allocated_bytes=state.allocated_bytes,
+            disk_blocks=state.disk.blocks if state.disk else 0,
+            disk_bytes=state.disk.bytes if state.disk else 0,
+        )
 
 
 class ModelState(BaseModel):
@@ -27,6 +55,7 @@ class ModelState(BaseModel):
     load_s: float | None
     num_running: int
     num_waiting: int
+    kv_cache: KVCache | None
 
     @classmethod
     def of(cls, status: ModelStatus) -> "ModelState":
@@ -44,6 +73,7 @@ class ModelState(BaseModel):
             load_s=status.load_s,
             num_running=status.num_running,
             num_waiting=status.num_waiting,
+            kv_cache=KVCache.of(status.cache) if status.cache else None,
         )
 
 

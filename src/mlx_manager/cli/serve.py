@@ -36,7 +36,23 @@ def serve(
     ] = None,
     max_batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences that one model decodes together. [default: 32]")] = None,
     prefill_budget: Annotated[
-        int | None, typer.Option(metavar="N", help="Prompt tokens computed between two decode steps. [default: 512]")
+        int | None, typer.Option(metavar="N", help="Prompt tokens that a model computes at most between two decode steps. [default: 2048]")
+    ] = None,
+    step_ms: Annotated[float | None, typer.Option(metavar="MS", help="How long a step may take while replies run. [default: 50]")] = None,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Memory of one model for keys and values. [default: a sixth of what is left]")
+    ] = None,
+    prefix_disk_gib: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Disk for prefixes that left memory, for each model. [default: 0]")
+    ] = None,
+    endpoint_priority: Annotated[
+        list[str] | None, typer.Option(metavar="PATH=CLASS", help="high, normal or low for a path; can be repeated.")
+    ] = None,
+    ageing_s: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Waiting time that outweighs a class of priority. [default: 10]")
+    ] = None,
+    request_timeout_s: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="A reply that takes longer is ended with an error. [default: 3600]")
     ] = None,
     drain_s: Annotated[float | None, typer.Option(metavar="SECONDS", help="How long replies may go on after Ctrl-C. [default: 30]")] = None,
     log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error. [default: info]")] = None,
@@ -58,6 +74,12 @@ def serve(
         max_concurrent_requests=max_concurrent_requests,
         max_batch=max_batch,
         prefill_budget=prefill_budget,
+        step_ms=step_ms,
+        kv_cache_gib=kv_cache_gib,
+        prefix_disk_gib=prefix_disk_gib,
+        endpoint_priority=endpoint_priority,
+        ageing_s=ageing_s,
+        request_timeout_s=request_timeout_s,
         drain_s=drain_s,
         log_level=log_level,
     )

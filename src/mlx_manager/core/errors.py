@@ -4,6 +4,7 @@ MLXManagerError
 ├── RequestError              the client can: ask differently
 │   ├── InvalidField          a value is wrong, or a field cannot be honoured
 │   ├── ContextTooLong        the prompt leaves no room for one token
+│   │   └── PromptTooLarge    the prompt's keys and values do not fit this machine's share for the model
 │   └── ModelNotFound         nothing here answers to that name
 ├── BackendError              another backend can, or the same one later
 │   ├── Overloaded            too many wait already, or the server is draining
@@ -44,6 +45,17 @@ class ContextTooLong(RequestError):
         )
         self.limit = limit
         self.tokens = tokens
+
+
+class PromptTooLarge(ContextTooLong):
+    def __init__(self, *, tokens: int, limit: int) -> None:
+        RequestError.__init__(
+            self,
+            f"The prompt's {tokens} tokens do not fit the memory that this server has for the model's keys and values, which is enough "
+            f"for {limit}. Please reduce the length of the messages, or raise --kv-cache-gib.",
+        )
+        self.tokens = tokens
+        self.limit = limit
 
 
 class ModelNotFound(RequestError):

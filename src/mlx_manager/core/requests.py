@@ -12,6 +12,7 @@ from typing import Any, Literal
 from mlx_manager.core.messages import Message
 
 JsonObject = Mapping[str, Any]
+Priority = Literal["high", "normal", "low"]
 
 
 def _nothing() -> JsonObject:
@@ -68,6 +69,7 @@ class GenerationRequest:
 
     Choices are numbered prompt by prompt: choice `p * num_replies + i` is reply `i` to prompt `p`.
     `num_top_logprobs` None: no log probabilities; 0: those of the chosen tokens; k: the k likeliest as well.
+    The server says, not the client: `priority`, the `client` who shares fairly with others, and `timeout_s` for the whole reply.
     """
 
     model: str
@@ -78,3 +80,6 @@ class GenerationRequest:
     num_replies: int = 1
     num_top_logprobs: int | None = None
     parallel_tool_calls: bool = True
+    priority: Priority = "normal"
+    client: str = ""
+    timeout_s: float | None = None

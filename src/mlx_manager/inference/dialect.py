@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ class Dialect:
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Renders the prompts and resolves what the client left open. Raises `InvalidField` and `ContextTooLong`."""
+        began = time.monotonic()
         renderer = PromptRenderer(self.tokenizer, self.family)
         specs: list[SequenceSpec] = []
         rendered: list[Rendered] = []
@@ -64,6 +66,9 @@ class Dialect:
                         sampling=self._resolve(request.sampling, reply),
                         stop_tokens=self.stop_tokens,
                         num_top_logprobs=request.num_top_logprobs,
+                        priority=request.priority,
+                        client=request.client,
+                        deadline=None if request.timeout_s is None else began + request.timeout_s,
                     )
                 )
         options = {option for prompt in request.prompts if isinstance(prompt, Conversation) for option in prompt.template_options}
@@ -77,7 +82,7 @@ class Dialect:
         return ReplyReader(
             choice,
             family=self.family,
-            decode=self._decode,
+            decode=self.decode,
             describe=self._describe,
             stop=request.stop,
             tools=prompt.tools if isinstance(prompt, Conversation) else (),
@@ -118,12 +123,12 @@ class Dialect:
             logit_bias=asked.logit_bias,
         )
 
-    def _decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _describe(self, token: int) -> tuple[str, bytes]:
         """A token as text, and as the bytes that it stands for: a part of a character is no text, but has its bytes."""
-        text = self._decode([token])
+        text = self.decode([token])
         return text, _bytes_spelt(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text.encode()
 
 

@@ -7,25 +7,43 @@ command line answers before; `import_libraries` does it ahead of the first reque
 # pyright: basic
 
 import json
+import logging
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from mlx_manager.hub.fingerprint import fingerprint
 from mlx_manager.inference.dialect import Dialect
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool
 from mlx_manager.inference.engine.device import Device
+from mlx_manager.inference.engine.disk_tier import DiskTier
 from mlx_manager.inference.engine.engine import Engine
-from mlx_manager.inference.engine.scheduler import Scheduler
+from mlx_manager.inference.engine.pace import Pace
+from mlx_manager.inference.engine.prefix import PrefixKeys
+from mlx_manager.inference.engine.scheduler import Policy, Scheduler
 from mlx_manager.inference.families.detect import detect
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """`max_sequences` are decoded together; a step computes at most `prefill_budget` prompt tokens."""
+class EngineLimits:
+    """`max_sequences` are decoded together. A step computes at most `prefill_budget` prompt tokens, and as many fewer as it takes to stay
+    within `step_s` seconds while others decode. `kv_bytes` is the share of a model for keys and values; None: a sixth of the memory
+    that the weights leave. `ageing_s` of waiting are worth a class of priority. `check_every`: see `Engine`. Prefixes that left memory are
+    kept in `disk_folder`, up to `disk_bytes` for a model."""
 
     max_sequences: int = 32
-    prefill_budget: int = 512
+    prefill_budget: int = 2048
+    step_s: float = 0.05
+    kv_bytes: int | None = None
+    ageing_s: float = 10.0
+    check_every: int = 0
+    disk_bytes: int = 0
+    disk_folder: Path | None = None
 
 
 # Tokens, for a checkpoint that does not say how many it was made for.
@@ -69,19 +87,64 @@ def load_dialect(path: Path, context_length: int | None) -> Dialect:
     )
 
 
-def load_engine(path: Path, dialect: Dialect, device: Device, limits: BatchLimits) -> Engine:
+def load_engine(path: Path, dialect: Dialect, device: Device, limits: EngineLimits) -> Engine:
     """Reads the weights and makes the engine that runs them. On the device thread."""
     import_libraries()
     from mlx_lm.utils import load_model
 
-    from mlx_manager.inference.engine.runner import Runner
-
     model, _ = load_model(path, trust_remote_code=False)
-    runner = Runner(model, dialect.vocab_size)
-    scheduler = Scheduler(max_sequences=limits.max_sequences if runner.can_batch else 1, prefill_budget=limits.prefill_budget)
-    engine = Engine(device, runner, scheduler)
+    engine = make_engine(model, device, limits, vocab_size=dialect.vocab_size, model_key=fingerprint(path))
     device.attach(engine)
     return engine
+
+
+def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size: int, model_key: str) -> Engine:
+    """The engine for a loaded model. On the device thread."""
+    from mlx_manager.inference.engine.lanes import choose_cache
+    from mlx_manager.inference.engine.runner import Runner
+
+    cache = choose_cache(model)
+    kv_bytes = limits.kv_bytes or _default_kv_bytes(_weight_bytes(model))
+    # Where rows are padded, one half is for the rows and the other for the blocks that are kept beside them.
+    num_blocks = max(2, kv_bytes // (2 if cache.pads_rows else 1) // (cache.token_bytes * BLOCK_TOKENS))
+    policy = Policy(
+        max_sequences=limits.max_sequences if cache.max_rows is None else min(limits.max_sequences, cache.max_rows),
+        ageing_s=limits.ageing_s,
+        max_row_tokens=num_blocks * BLOCK_TOKENS if cache.pads_rows else None,
+        max_scores=_SCORE_BYTES // (4 * getattr(model.args, "num_attention_heads", 32)),
+        needs_states=cache.needs_states,
+    )
+    log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks, BLOCK_TOKENS)
+    keys = PrefixKeys(model_key, f"{cache.name} {cache.token_bytes}")
+    scheduler = Scheduler(BlockPool(num_blocks + 1), keys, policy)
+    pace = Pace(limits.prefill_budget, limits.step_s)
+    disk = None
+    if limits.disk_bytes and limits.disk_folder is not None:
+        disk = DiskTier(limits.disk_folder, fingerprint=keys.fingerprint, max_bytes=limits.disk_bytes)
+        disk.start()
+    return Engine(device, Runner(cache, vocab_size), scheduler, pace, disk=disk, check_every=limits.check_every)
+
+
+# What the scores of one layer's attention may take while a prompt is computed: queries x keys x heads, in float32.
+_SCORE_BYTES = 512 << 20
+
+
+def _weight_bytes(model: Any) -> int:
+    from mlx.utils import tree_flatten
+
+    return sum(cast(Any, array).nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def _default_kv_bytes(weight_bytes: int) -> int:
+    import mlx.core as mx
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if mx.metal.is_available():
+        total = min(total, int(mx.device_info()["max_recommended_working_set_size"]))
+    return max(_SMALLEST_KV_BYTES, (total - weight_bytes) // 6)
+
+
+_SMALLEST_KV_BYTES = 64 << 20
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from mlx_manager.core.events import Event, Finished, Timing, Usage
+from mlx_manager.core.events import Event, Finished, Usage
 from mlx_manager.inference.dialect import Dialect, Prepared
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.sequence import Ended, Token
@@ -18,7 +18,6 @@ class LocalModel:
         """Everything after `Started`. Closing the iterator frees what the request holds. Raises `EngineFault`."""
         readers = [self.dialect.reader(prepared, choice) for choice in range(len(prepared.specs))]
         stream = self.engine.submit(prepared.specs)
-        timing: Timing | None = None
         unfinished = set(range(len(readers)))
         try:
             async for item in stream:
@@ -33,8 +32,7 @@ class LocalModel:
                             continue
                         stream.cancel(item.index)
                         ending = reader.finish("stop", at_context_end=False)
-                    case Ended(index, reason, ended_timing):
-                        timing = timing or ended_timing
+                    case Ended(index, reason):
                         ending = reader.finish(reason, at_context_end=reader.num_tokens == prepared.room[index])
                 unfinished.discard(item.index)
                 for event in ending:
@@ -44,8 +42,9 @@ class LocalModel:
         yield Finished(
             Usage(
                 prompt=prepared.prompt_tokens,
+                cached=sum(stream.num_cached(i) for i in range(0, len(readers), prepared.request.num_replies)),
                 completion=sum(r.num_tokens for r in readers),
                 reasoning=sum(r.num_reasoning_tokens for r in readers),
             ),
-            timing,
+            stream.timing(0),
         )

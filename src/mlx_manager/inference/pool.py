@@ -12,8 +12,8 @@ from mlx_manager.core.errors import EngineFault, ModelLoadFailed, ModelNotFound
 from mlx_manager.hub.checkpoint import Checkpoint
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.engine.device import Device
-from mlx_manager.inference.engine.engine import Engine
-from mlx_manager.inference.loader import BatchLimits, load_dialect, load_engine
+from mlx_manager.inference.engine.engine import CacheState, Engine
+from mlx_manager.inference.loader import EngineLimits, load_dialect, load_engine
 from mlx_manager.inference.local_model import LocalModel
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class ModelStatus:
     load_s: float | None = None
     num_running: int = 0
     num_waiting: int = 0
+    cache: CacheState | None = None
 
 
 class _Entry:
@@ -55,7 +56,7 @@ class _Entry:
 class Pool:
     """Owned by the event loop. A model is loaded by the first request for it and stays; nobody has to leave yet."""
 
-    def __init__(self, device: Device, find_checkpoints: FindCheckpoints, limits: BatchLimits) -> None:
+    def __init__(self, device: Device, find_checkpoints: FindCheckpoints, limits: EngineLimits) -> None:
         self._device = device
         self._find = find_checkpoints
         self._limits = limits
@@ -86,6 +87,7 @@ class Pool:
                 load_s=e.load_s,
                 num_running=e.model.engine.num_running if e.model else 0,
                 num_waiting=e.model.engine.num_waiting if e.model else 0,
+                cache=e.model.engine.cache_state if e.model else None,
             )
             for _, e in sorted(self._entries.items())
         ]
@@ -133,6 +135,11 @@ class Pool:
         for ending in self._waiting:
             if not ending.done():
                 ending.set_result(error.message)
+
+    async def close(self) -> None:
+        """What can be kept of the engines for the next start is kept. Nobody uses them any more."""
+        for engine in self.engines().values():
+            await self._device.run(engine.close)
 
     async def _unless_aborted(self, loading: asyncio.Task[LocalModel]) -> None:
         """Waits for a load without cancelling it. Raises what it raises, or `EngineFault` if `abort` comes first."""

@@ -9,10 +9,14 @@ from typing import Literal
 import pytest
 
 from mlx_manager.core.errors import EngineFault
+from mlx_manager.inference.engine.block_pool import BlockPool
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine, TokenStream
-from mlx_manager.inference.engine.scheduler import Chunk, Scheduler
+from mlx_manager.inference.engine.pace import Pace
+from mlx_manager.inference.engine.prefix import PrefixKeys
+from mlx_manager.inference.engine.scheduler import Chunk, Plan, Policy, Scheduler
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, Token, TokenSampling
+from tests.inference.engine.passes import KeepsNothing
 from tests.inference.fixture_models import (
     GREEDY,
     attached,
@@ -28,12 +32,13 @@ Stage = Literal["prefill", "decode", "read"]
 
 @dataclass(frozen=True)
 class Step:
-    rows: tuple[Sequence, ...]
+    rows: tuple[Sequence | None, ...]
     tokens: tuple[int, ...]
+    chunks: tuple[tuple[Chunk, None], ...]
 
 
 @dataclass
-class Counting:
+class Counting(KeepsNothing):
     """Passes whose tokens count up from the last prompt token. They wait for `permits` where there are any, and fail at
     `fails_at` while `num_faults` are left."""
 
@@ -45,25 +50,32 @@ class Counting:
     forgotten: list[Sequence] = field(default_factory=list[Sequence])
     num_clears: int = 0
 
-    def prefill(self, chunk: Chunk) -> None:
-        self._may_fail("prefill")
-        self._wait()
-        self.prefilled.append(chunk)
-        chunk.sequence.num_computed = chunk.stop
-
-    def decode(self, rows: tuple[Sequence, ...]) -> Step:
+    def queue(self, plan: Plan) -> Step:
+        for chunk in plan.prefill:
+            self._may_fail("prefill")
+            self._wait()
+            self.prefilled.append(chunk)
+            chunk.sequence.num_queued = chunk.stop
+        if not plan.decode:
+            return Step((), (), tuple((c, None) for c in plan.prefill))
         self._may_fail("decode")
         self._wait()
-        self.decoded.append(tuple(rows))
-        tokens = tuple(row.spec.prompt[-1] + row.num_sampled + 1 for row in rows)
-        for row in rows:
-            row.num_computed += 1
+        self.decoded.append(plan.decode)
+        tokens = tuple(row.spec.prompt[-1] + row.num_sampled + 1 for row in plan.decode)
+        for row in plan.decode:
+            row.num_queued += 1
             row.num_sampled += 1
-        return Step(tuple(rows), tokens)
+        return Step(plan.decode, tokens, tuple((c, None) for c in plan.prefill))
 
-    def read(self, pending: Step) -> list[Token]:
+    def read(self, pending: Step) -> list[Token | None]:
         self._may_fail("read")
-        return [Token(row.index, token) for row, token in zip(pending.rows, pending.tokens, strict=True)]
+        for chunk, _ in pending.chunks:
+            if chunk.sequence.table:
+                chunk.sequence.num_computed = chunk.stop
+        for row in pending.rows:
+            if row is not None and row.table:
+                row.num_computed += 1
+        return [Token(row.index, token) for row, token in zip(pending.rows, pending.tokens, strict=True) if row is not None]
 
     def forget(self, sequence: Sequence) -> None:
         self.forgotten.append(sequence)
@@ -87,7 +99,12 @@ def asking(first: int = 0, *, max_tokens: int = 5, prompt_length: int = 1, stop:
 
 
 def engine_of(device: Device, runner: Counting, *, max_sequences: int = 4, prefill_budget: int = 10) -> Engine:
-    return Engine(device, runner, Scheduler(max_sequences=max_sequences, prefill_budget=prefill_budget))
+    return Engine(device, runner, unhurried(max_sequences=max_sequences), Pace(prefill_budget, target_s=1e6, prefill_s=0.0), check_every=1)
+
+
+def unhurried(*, max_sequences: int = 4, num_blocks: int = 10_000) -> Scheduler:
+    """A scheduler with blocks for everybody."""
+    return Scheduler(BlockPool(num_blocks), PrefixKeys("counting", "none"), Policy(max_sequences=max_sequences))
 
 
 @pytest.fixture
@@ -117,6 +134,13 @@ async def tokens_of(stream: TokenStream) -> list[int]:
 
 async def is_idle(device: Device, engine: Engine) -> bool:
     return await device.run(lambda: not engine.has_work and engine.num_running == engine.num_waiting == 0)
+
+
+async def becomes_idle(device: Device, engine: Engine) -> None:
+    """The step under way when the last sequence goes has still to be read."""
+    async with asyncio.timeout(10):
+        while not await is_idle(device, engine):  # noqa: ASYNC110 - the device thread has no event to wait for
+            await asyncio.sleep(0.002)
 
 
 # ---- endings
@@ -191,7 +215,7 @@ async def test_cancelled_while_it_waits_it_never_runs(device: Device, stepped: t
     assert len(await within(tokens_of(others))) == 12
     assert await within(tokens_of(waiting)) == []
     assert all(row.spec.prompt != (900,) for rows in runner.decoded for row in rows)
-    assert await is_idle(device, engine)
+    await becomes_idle(device, engine)
 
 
 async def test_cancelled_while_it_is_prefilled_it_is_gone_within_two_steps(
@@ -203,7 +227,7 @@ async def test_cancelled_while_it_is_prefilled_it_is_gone_within_two_steps(
     await eventually(lambda: len(runner.prefilled) == 3)
     stream.close()
     permits.release(100)
-    assert await within(is_idle(device, engine))
+    await becomes_idle(device, engine)
     assert len(runner.prefilled) <= 5
     assert runner.decoded == []
     assert {s.spec.prompt[-1] for s in runner.forgotten} == {5}, "what it held is dropped"
@@ -220,14 +244,14 @@ async def test_cancelled_while_it_decodes_it_is_gone_within_two_steps_and_the_ot
     permits.release(10_000)
     assert await within(tokens_of(other)) == list(range(101, 121))
     assert sum(any(row.spec.prompt == (500,) for row in rows) for rows in runner.decoded) <= 5 + 2
-    assert await is_idle(device, engine)
+    await becomes_idle(device, engine)
 
 
 async def test_cancelled_before_the_device_has_heard_of_it_it_never_runs(device: Device, engine: Engine, fast: Counting) -> None:
     stream = engine.submit([asking(5), asking(6)])
     stream.close()
     assert await within(tokens_of(stream)) == []
-    assert await is_idle(device, engine)
+    await becomes_idle(device, engine)
     assert sum(len(rows) for rows in fast.decoded) <= 4
 
 
@@ -248,7 +272,7 @@ async def test_cancelling_twice_or_after_the_end_does_nothing(device: Device, en
     assert len(await within(tokens_of(stream))) == 5
     stream.close()
     stream.close()
-    assert await is_idle(device, engine)
+    await becomes_idle(device, engine)
     assert len(await within(tokens_of(engine.submit([asking(5)])))) == 5
 
 
@@ -267,7 +291,7 @@ async def test_a_fault_fails_what_is_under_way_and_the_next_submission_works(dev
             assert isinstance(fault.value.__cause__, RuntimeError)
             assert await within(tokens_of(stream)) == [], "it has ended"
         assert engine.counters.faults == 1
-        assert await is_idle(device, engine)
+        await becomes_idle(device, engine)
         assert await within(tokens_of(engine.submit([asking(40, prompt_length=30)]))) == [41, 42, 43, 44, 45]
 
 
@@ -299,7 +323,7 @@ async def test_abort_ends_every_stream_with_its_fault(device: Device, stepped: t
     for stream in streams:
         with pytest.raises(EngineFault, match="shutting down"):
             await within(tokens_of(stream))
-    assert await is_idle(device, engine)
+    await becomes_idle(device, engine)
     assert len(await within(tokens_of(engine.submit([asking(5)])))) == 5
 
 
@@ -328,9 +352,7 @@ def test_what_was_submitted_from_a_loop_that_is_gone_is_dropped(device: Device) 
         engine.submit([asking(5, max_tokens=100_000)])
 
     async def after() -> None:
-        async with asyncio.timeout(10):
-            while not await is_idle(device, engine):  # noqa: ASYNC110 - the device thread has no event to wait for
-                await asyncio.sleep(0.002)
+        await becomes_idle(device, engine)
         assert len(await within(tokens_of(engine.submit([asking(5)])))) == 5
         await device.run(lambda: device.detach(engine))
 

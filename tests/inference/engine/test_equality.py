@@ -8,10 +8,8 @@ import pytest
 
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
-from mlx_manager.inference.engine.runner import Pending, Runner
-from mlx_manager.inference.engine.sampling import Sampled
-from mlx_manager.inference.engine.scheduler import Scheduler
-from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec
+from mlx_manager.inference.engine.sampling import Sampler
+from mlx_manager.inference.engine.sequence import SequenceSpec
 from tests.inference.fixture_models import FAMILIES, GREEDY, attached, dialect, make_engine, receive, single_run, weights, within
 
 pytestmark = pytest.mark.requirement("BATCH-01", "9.1", "P.1")
@@ -129,22 +127,11 @@ async def test_first_tokens_of_a_burst_come_within_a_few_steps(device: Device) -
     assert max(firsts.values()) < 4 * 4
 
 
-class _MixedUp(Runner):
-    """A batch in which each row is given its neighbour's token."""
-
-    def decode(self, rows: list[Sequence]) -> Pending:  # type: ignore[override]
-        pending = super().decode(rows)
-        if len(rows) < 2:
-            return pending
-        tokens = mx.roll(pending.sampled.tokens, 1)
-        mx.eval(tokens)
-        return Pending(pending.rows, Sampled(tokens))
-
-
-async def test_the_proof_notices_rows_that_are_mixed_up(device: Device) -> None:
-    runner = _MixedUp(weights("qwen3"), dialect("qwen3").vocab_size)
-    engine = Engine(device, runner, Scheduler(max_sequences=8, prefill_budget=512))
-    assert await differences(device, "qwen3", engine, prompts("qwen3", 4)) != []
+async def test_the_proof_notices_rows_that_are_mixed_up(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is given its neighbour's token."""
+    sample = Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda self, logits: sample(self, mx.roll(logits, 1, axis=0)))  # type: ignore[no-untyped-def]
+    assert await differences(device, "qwen3", make_engine(device, "qwen3"), prompts("qwen3", 4)) != []
 
 
 async def test_the_count_notices_rows_that_are_computed_one_by_one(device: Device) -> None:

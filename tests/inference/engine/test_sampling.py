@@ -92,7 +92,7 @@ def draw(sampler: Sampler, rows: list[Sequence], logits: Array) -> list[int]:
 def drawn(samplings: list[TokenSampling], steps: list[Array]) -> list[list[int]]:
     """The tokens of each row, if they are a batch."""
     sampler, rows = Sampler(VOCABULARY), [sequence(s) for s in samplings]
-    sampler.set_rows([], rows)
+    sampler.set_rows(rows)
     tokens = [draw(sampler, rows, logits) for logits in steps]
     return [list(of_row) for of_row in zip(*tokens, strict=True)]
 
@@ -161,29 +161,29 @@ def test_penalties_count_tokens_that_nobody_has_read_when_the_batch_changes() ->
     sampling = TokenSampling(seed=0, temperature=0, frequency_penalty=0.6)
     sampler, row, leaver = Sampler(VOCABULARY), sequence(sampling), sequence(SETTINGS["all at once"])
     logits, reference = logits_of(3), list[int]()
-    sampler.set_rows([], [leaver, row])
+    sampler.set_rows([leaver, row])
     rows, place, tokens = [leaver, row], 1, list[int]()
     for step in range(40):
         tokens.append(draw(sampler, rows, logits)[place])
         reference.append(int(adjusted(logits, sampling, reference).argmax()))
         if step == 10:
-            sampler.set_rows([1], [])
             rows, place = [row], 0
+            sampler.set_rows(rows)
         if step % 5 == 1 and step > 10:
             joining = sequence(SETTINGS["hot" if step % 2 else "repetition"])
-            sampler.set_rows(list(range(len(rows))), [joining])
             rows = [*rows, joining]
+            sampler.set_rows(rows)
     assert tokens == reference
 
 
 def test_a_row_without_penalties_stays_when_one_with_penalties_comes_and_goes() -> None:
     sampler, plain, other = Sampler(VOCABULARY), sequence(GREEDY), sequence(SETTINGS["repetition"])
     logits = logits_of(3)
-    sampler.set_rows([], [plain])
+    sampler.set_rows([plain])
     tokens = draw(sampler, [plain], logits)
-    sampler.set_rows([0], [other])
+    sampler.set_rows([plain, other])
     tokens.append(draw(sampler, [plain, other], logits)[0])
-    sampler.set_rows([0], [])
+    sampler.set_rows([plain])
     tokens += draw(sampler, [plain], logits)
     assert tokens == [int(logits.argmax())] * 3
 

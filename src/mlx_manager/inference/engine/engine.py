@@ -4,34 +4,56 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from mlx_manager.core.errors import EngineFault
+import numpy as np
+
+from mlx_manager.core.errors import EngineFault, PromptTooLarge, TimedOut
+from mlx_manager.core.events import Timing
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, Content, Digest
 from mlx_manager.inference.engine.device import Device
-from mlx_manager.inference.engine.scheduler import Chunk, Scheduler
+from mlx_manager.inference.engine.disk_tier import DiskCounters, DiskTier, StoredBlock
+from mlx_manager.inference.engine.explain import Explanation, RecentTokens, explain
+from mlx_manager.inference.engine.pace import Pace
+from mlx_manager.inference.engine.prefix import block_tokens
+from mlx_manager.inference.engine.scheduler import Chunk, Plan, Scheduler
 from mlx_manager.inference.engine.sequence import Ended, EndReason, Sequence, SequenceSpec, Token
 
 log = logging.getLogger(__name__)
 
-Item = Token | Ended | EngineFault
-
-
-class ForwardPasses(Protocol):
-    """What the engine needs of a `Runner`. What `decode` returns comes back to `read`, untouched."""
-
-    def prefill(self, chunk: Chunk) -> None: ...
-    def decode(self, rows: Items[Sequence]) -> "PendingStep": ...
-    def read(self, pending: Any) -> list[Token]: ...
-    def forget(self, sequence: Sequence) -> None: ...
-    def clear(self) -> None: ...
+Item = Token | Ended | EngineFault | TimedOut
 
 
 class PendingStep(Protocol):
+    """A step that is queued: its rows (None: nobody wants what comes of it), and the chunks of prompts in it."""
+
     @property
-    def rows(self) -> tuple[Sequence, ...]: ...
+    def rows(self) -> tuple[Sequence | None, ...]: ...
+    @property
+    def chunks(self) -> tuple[tuple[Chunk, Any], ...]: ...
+
+
+class ForwardPasses(Protocol):
+    """What the engine needs of a `Runner`. What `queue` returns comes back to `read` and `save`, untouched."""
+
+    @property
+    def cache_name(self) -> str: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def allocated_bytes(self) -> int: ...
+
+    def queue(self, plan: Plan) -> PendingStep: ...
+    def read(self, pending: Any) -> list[Token | None]: ...
+    def save(self, sequence: Sequence, index: int, block: int, pending: Any) -> None: ...
+    def drop(self, block: int) -> None: ...
+    def export(self, block: int) -> Mapping[str, np.ndarray] | None: ...
+    def load(self, block: int, arrays: Mapping[str, np.ndarray]) -> bool: ...
+    def forget(self, sequence: Sequence) -> None: ...
+    def clear(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -41,18 +63,21 @@ class Counters:
     decode_steps: int = 0
     decoded_tokens: int = 0
     prefilled_tokens: int = 0
+    cached_tokens: int = 0
+    fetched_blocks: int = 0
     faults: int = 0
 
 
 class TokenStream(AsyncIterator[Token | Ended]):
     """The tokens of one submission, on the event loop that asked for them. Ends after the `Ended` of every sequence;
-    raises `EngineFault` if the engine failed. Closing it early cancels what still runs."""
+    raises `EngineFault` if the engine failed, `TimedOut` past a deadline. Closing it early cancels what still runs."""
 
     def __init__(self, engine: "Engine", sequences: tuple[Sequence, ...]) -> None:
         self._engine = engine
         self.loop = asyncio.get_running_loop()
         self._items: deque[Item] = deque()
         self._arrived = asyncio.Event()
+        self._sequences = sequences
         self._running = {s.index: s for s in sequences}
 
     async def __anext__(self) -> Token | Ended:
@@ -62,12 +87,20 @@ class TokenStream(AsyncIterator[Token | Ended]):
             self._arrived.clear()
             await self._arrived.wait()
         item = self._items.popleft()
-        if isinstance(item, EngineFault):
+        if isinstance(item, EngineFault | TimedOut):
             self._running.clear()
-            raise EngineFault(item.message) from item.__cause__  # one of its own: others may be told of the same fault
+            raise type(item)(item.message) from item.__cause__  # one of its own: others may be told of the same fault
         if isinstance(item, Ended):
             self._running.pop(item.index, None)
         return item
+
+    def num_cached(self, index: int) -> int:
+        """Tokens of a sequence's prompt that had their keys and values already when it was admitted; 0 before that."""
+        return self._sequences[index].num_cached
+
+    def timing(self, index: int) -> Timing:
+        """When a sequence got through each stage so far."""
+        return self._sequences[index].timing()
 
     def cancel(self, index: int) -> None:
         """Stops one sequence: its tokens that are on their way still come, its `Ended` does not."""
@@ -87,6 +120,35 @@ class TokenStream(AsyncIterator[Token | Ended]):
 
 Delivery = tuple[TokenStream, Item]
 
+# Of a plain SSD, so that nothing is read that is computed sooner.
+_DISK_BYTES_PER_S = 500e6
+
+
+@dataclass(slots=True)
+class Fetched:
+    """Block `index` of a sequence, asked of the disk; `block` stays None if it was not there after all."""
+
+    index: int
+    digest: Digest
+    block: StoredBlock | None = None
+    has_come: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CacheState:
+    """How a model keeps keys and values: the `kind` of cache, its blocks (held by sequences, or only kept for others), and the bytes that
+    are allocated for all of it."""
+
+    kind: str
+    block_bytes: int
+    num_blocks: int
+    num_held: int
+    num_cached: int
+    num_evictions: int
+    num_preemptions: int
+    allocated_bytes: int
+    disk: DiskCounters | None
+
 
 class Engine:
     """Submissions come from an event loop; everything else happens on the device thread.
@@ -95,25 +157,51 @@ class Engine:
     A sequence that turns out to have ended at N has a surplus token in N + 1, which is dropped.
     """
 
-    def __init__(self, device: Device, runner: ForwardPasses, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        device: Device,
+        runner: ForwardPasses,
+        scheduler: Scheduler,
+        pace: Pace,
+        *,
+        disk: DiskTier | None = None,
+        check_every: int = 0,
+    ) -> None:
+        """`disk` has been started; the engine stops it. `check_every` so many steps the books are checked; 0: never."""
         self._device = device
         self._runner = runner
         self._scheduler = scheduler
+        self._pace = pace
+        self._disk = disk
+        self._check_every = check_every
+        self._recent = RecentTokens()
+        self._fetching: dict[Sequence, list[Fetched]] = {}  # who waits for blocks from the disk, with those that have come
         self._streams: dict[Sequence, TokenStream] = {}
         self._pending: PendingStep | None = None
+        self._queued_at = 0.0  # when the pending step was queued
+        self._read_at = 0.0  # when the step before had been read: the device began with the pending one then, or when it was queued
         self.counters = Counters()
+        scheduler.pool.on_forget = self._forget_block
 
     # ---- from an event loop
 
     def submit(self, specs: Items[SequenceSpec]) -> TokenStream:
-        """Starts work on `specs`; the items of the stream say by `index` which they belong to."""
-        sequences = tuple(Sequence(spec, index) for index, spec in enumerate(specs))
+        """Starts work on `specs`; the items of the stream say by `index` which they belong to.
+        Raises `PromptTooLarge` if a prompt does not fit the blocks that there are; a reply is cut where they end."""
+        room = self._scheduler.max_tokens
+        for spec in specs:
+            if len(spec.prompt) >= room:
+                raise PromptTooLarge(tokens=len(spec.prompt), limit=room - 1)
+        sequences = tuple(
+            Sequence(replace(spec, max_tokens=min(spec.max_tokens, room - len(spec.prompt))), index) for index, spec in enumerate(specs)
+        )
         stream = TokenStream(self, sequences)
 
         def add() -> None:
             for sequence in sequences:
                 self._streams[sequence] = stream
-                self._scheduler.add(sequence)
+                if not self._fetch(sequence):
+                    self._scheduler.add(sequence)
 
         if not self._device.post(add):
             stream.deliver(EngineFault("The server is shutting down."))
@@ -132,9 +220,49 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._scheduler.waiting)
+        return len(self._scheduler.waiting) + len(self._fetching)
+
+    @property
+    def cache_state(self) -> CacheState:
+        """How keys and values are kept, and how full it is."""
+        pool = self._scheduler.pool
+        return CacheState(
+            kind=self._runner.cache_name,
+            block_bytes=self._runner.block_bytes,
+            num_blocks=pool.num_usable,
+            num_held=pool.num_held,
+            num_cached=pool.num_cached,
+            num_evictions=pool.num_evictions,
+            num_preemptions=self._scheduler.num_preemptions,
+            allocated_bytes=self._runner.allocated_bytes,
+            disk=None if self._disk is None else self._disk.counters,
+        )
+
+    async def explain(self, spec: SequenceSpec) -> Explanation:
+        """How much of a prompt is there already, and why not more. Raises `EngineFault` once the device has stopped."""
+
+        def look() -> Explanation:
+            sequence = Sequence(spec, 0)
+            num_found, num_cached = self._scheduler.look_up(sequence)
+            return explain(
+                spec.prompt,
+                num_cached=num_cached * BLOCK_TOKENS,
+                num_found=num_found * BLOCK_TOKENS,
+                num_on_disk=len(self._on_disk(sequence, num_found)) * BLOCK_TOKENS,
+                recent=self._recent.of(spec.tenant),
+                running=[s.tokens for s in self._scheduler.running if s.spec.tenant == spec.tenant],
+            )
+
+        return await self._device.run(look)
 
     # ---- on the device thread
+
+    def close(self) -> None:
+        """Writes what can be found to the disk, if there is one: the most recently used first, as far as its queue goes."""
+        if self._disk is not None:
+            for block, content in reversed(self._scheduler.pool.cached_contents()):
+                self._spill(block, content)
+            self._disk.stop()
 
     @property
     def has_work(self) -> bool:
@@ -154,42 +282,75 @@ class Engine:
         self._hand_over(deliveries)
 
     def _advance(self, deliveries: list[Delivery]) -> None:
-        plan = self._scheduler.plan()
-        queued = self._runner.decode(plan.decode) if plan.decode else None
-        for chunk in plan.prefill:
-            self._runner.prefill(chunk)
-            self.counters.prefilled_tokens += chunk.stop - chunk.start
+        now = time.monotonic()
+        for sequence in self._scheduler.expired(now):
+            deliveries.append((self._streams[sequence], TimedOut("The request took longer than it may.")))
+            self._drop_stream(self._streams[sequence])
+        budget = self._pace.budget(decoding=any(s.wants_decode for s in self._scheduler.running))
+        plan = self._scheduler.plan(now, budget)
+        queued_at = time.monotonic()
+        queued = None if plan.is_empty else self._runner.queue(plan)
+        self.counters.prefilled_tokens += sum(chunk.stop - chunk.start for chunk in plan.prefill)
+        self.counters.cached_tokens += sum(s.num_computed for s in plan.admitted) + sum(f.child.num_computed for f in plan.forks)
         pending, self._pending = self._pending, queued
         if pending is not None:
             self._read(pending, deliveries)
+        self._queued_at = queued_at
         if queued is None:
             self._runner.clear()
 
     def _read(self, pending: PendingStep, deliveries: list[Delivery]) -> None:
         tokens = self._runner.read(pending)
-        self.counters.decode_steps += 1
+        self._note_time(pending)
+        self.counters.decode_steps += bool(pending.rows)
         for sequence, token in zip(pending.rows, tokens, strict=True):
-            if sequence.finished:
-                continue  # its surplus token
-            stream = self._streams[sequence]
-            reason: EndReason | None = "stop" if token.token in sequence.spec.stop_tokens else None
-            if reason is None:
-                if sequence.first_token is None:
-                    sequence.first_token = time.monotonic()
-                sequence.generated.append(token.token)
-                self.counters.decoded_tokens += 1
-                deliveries.append((stream, token))
-                if len(sequence.generated) == sequence.spec.max_tokens:
-                    reason = "length"
-            if reason is not None:
-                self._drop(sequence)
-                deliveries.append((stream, Ended(sequence.index, reason, sequence.timing())))
+            if sequence is not None and token is not None and not sequence.finished:  # else its surplus token
+                self._take(sequence, token, deliveries)
+        for sequence in dict.fromkeys([*(chunk.sequence for chunk, _ in pending.chunks), *(s for s in pending.rows if s is not None)]):
+            self._publish(sequence, pending)
+        if self._check_every and self.counters.decode_steps % self._check_every == 0:
+            self._scheduler.check_integrity()
+
+    def _take(self, sequence: Sequence, token: Token, deliveries: list[Delivery]) -> None:
+        stream = self._streams[sequence]
+        reason: EndReason | None = "stop" if token.token in sequence.spec.stop_tokens else None
+        if reason is None:
+            if sequence.first_token is None:
+                sequence.first_token = time.monotonic()
+            sequence.tokens.append(token.token)
+            self.counters.decoded_tokens += 1
+            deliveries.append((stream, token))
+            if sequence.num_generated == sequence.spec.max_tokens:
+                reason = "length"
+        if reason is not None:
+            # What it has computed stays findable: the next turn of a conversation begins with it.
+            self._publish(sequence, None)
+            self._drop(sequence)
+            deliveries.append((stream, Ended(sequence.index, reason, sequence.timing())))
+
+    def _publish(self, sequence: Sequence, pending: PendingStep | None) -> None:
+        chunks = () if pending is None else pending.chunks
+        ends = frozenset(chunk.stop for chunk, _ in chunks if chunk.sequence is sequence)
+        for index, block in self._scheduler.publish(sequence, ends):
+            self._runner.save(sequence, index, block, pending)
+
+    def _note_time(self, pending: PendingStep) -> None:
+        now = time.monotonic()
+        num_prefilled = sum(chunk.stop - chunk.start for chunk, _ in pending.chunks)
+        self._pace.observe(now - max(self._queued_at, self._read_at), num_rows=len(pending.rows), num_prefilled=num_prefilled)
+        self._read_at = now
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.finished = True
+        self._recent.note(sequence.spec.tenant, sequence.tokens)
+        self._fetching.pop(sequence, None)
         self._scheduler.remove(sequence)
         self._runner.forget(sequence)
         self._streams.pop(sequence, None)
+
+    def _drop_stream(self, stream: TokenStream) -> None:
+        for sequence in [s for s, of in self._streams.items() if of is stream]:
+            self._drop(sequence)
 
     def _fail_all(self, fault: EngineFault) -> list[Delivery]:
         streams = dict.fromkeys(self._streams.values())
@@ -198,6 +359,74 @@ class Engine:
         self._pending = None
         self._runner.clear()
         return [(stream, fault) for stream in streams]
+
+    # ---- the disk
+
+    def _forget_block(self, block: int, content: Content) -> None:
+        self._spill(block, content)
+        self._runner.drop(block)
+
+    def _spill(self, block: int, content: Content) -> None:
+        if self._disk is not None and content.digest not in self._disk and (arrays := self._runner.export(block)) is not None:
+            self._disk.put(content.digest, StoredBlock(content.tokens, content.parent, arrays))
+
+    def _on_disk(self, sequence: Sequence, start: int) -> list[Digest]:
+        """The blocks that follow the first `start` and lie on the disk without a gap."""
+        digests: list[Digest] = []
+        if self._disk is not None:
+            for digest in sequence.digests[start : (len(sequence.tokens) - 1) // BLOCK_TOKENS]:
+                if digest not in self._disk:
+                    break
+                digests.append(digest)
+        return digests
+
+    def _fetch(self, sequence: Sequence) -> bool:
+        """Asks for the blocks of a newcomer that lie on the disk, if reading them takes less time than computing them. It waits
+        outside of the scheduler until all have come."""
+        if self._disk is None:
+            return False
+        start, _ = self._scheduler.look_up(sequence)
+        digests = self._on_disk(sequence, start)
+        read_s, compute_s = self._runner.block_bytes / _DISK_BYTES_PER_S, BLOCK_TOKENS * (self._pace.prefill_s or 1.0)
+        if not digests or read_s > compute_s:
+            return False
+        fetched = self._fetching[sequence] = [Fetched(start + i, digest) for i, digest in enumerate(digests)]
+        # The end first: of a prefix, its beginning is to be the most recently used.
+        for item in reversed(fetched):
+
+            def arrived(block: StoredBlock | None, item: Fetched = item) -> None:
+                self._device.post(lambda: self._arrive(sequence, item, block))
+
+            self._disk.fetch(item.digest, arrived)
+        return True
+
+    def _arrive(self, sequence: Sequence, item: "Fetched", block: StoredBlock | None) -> None:
+        fetched = self._fetching.get(sequence)
+        if fetched is None:
+            return  # cancelled
+        item.block, item.has_come = block, True
+        if all(f.has_come for f in fetched):
+            del self._fetching[sequence]
+            self._put_back(sequence, fetched)
+            self._scheduler.add(sequence)
+
+    def _put_back(self, sequence: Sequence, fetched: list["Fetched"]) -> None:
+        pool = self._scheduler.pool
+        for item in fetched:
+            if item.block is None or item.block.tokens != block_tokens(sequence.tokens, item.index):
+                return  # what follows is of no use without it
+            block = pool.allocate()
+            if block is None:
+                return
+            try:
+                resumable = self._runner.load(block, item.block.arrays)
+            except (KeyError, ValueError):  # a file of other shapes than its fingerprint says
+                pool.release(block)
+                return
+            if not pool.publish(block, Content(item.digest, item.block.parent, item.block.tokens, resumable)):
+                self._runner.drop(block)
+            pool.release(block)
+            self.counters.fetched_blocks += 1
 
     def _hand_over(self, deliveries: list[Delivery]) -> None:
         """All of a step's items cross to their event loop in one call. Work for a loop that is gone is dropped."""

@@ -1,108 +1,202 @@
-"""Plan → forward passes. Keeps the batch (who is in it, their caches, their next inputs) between steps."""
+"""Plan → forward passes. Keeps the batch (who is in which row, and their next inputs) between steps."""
 # pyright: basic
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_manager.inference.engine.kv_cache import BatchCache, LayerCaches
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.sampling import Sampled, Sampler
-from mlx_manager.inference.engine.scheduler import Chunk
+from mlx_manager.inference.engine.scheduler import Chunk, Plan
 from mlx_manager.inference.engine.sequence import Sequence, Token
+
+
+class Queued(Protocol):
+    """A pass that a cache has queued."""
+
+    def arrays(self) -> list[mx.array]:
+        """What has to be computed for it."""
+        ...
+
+
+class KVCache(Protocol):
+    """Where keys and values are kept: `SlotCache`, `SingleCache`. All of it happens on the device thread.
+
+    `max_rows` decode together at most (None: as many as there are places); `pads_rows`: rows cost as much as the longest of them.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def max_rows(self) -> int | None: ...
+    @property
+    def pads_rows(self) -> bool: ...
+    @property
+    def needs_states(self) -> bool: ...
+    @property
+    def token_bytes(self) -> int: ...
+    @property
+    def allocated_bytes(self) -> int: ...
+
+    def admit(self, sequence: Sequence) -> None: ...
+    def fork(self, child: Sequence, parent: Sequence, source: int | None, target: int | None) -> None: ...
+    def forget(self, sequence: Sequence) -> None: ...
+    def clear(self) -> None: ...
+    def prefill(self, sequence: Sequence, start: int, stop: int) -> Queued: ...
+    def arrange(self, wanted: Rows[Sequence], awaited: set[Sequence]) -> list[Sequence | None]: ...
+    def forward(self, inputs: mx.array) -> tuple[mx.array, Queued]: ...
+    def settle(self, step: Any) -> None: ...
+    def save(self, sequence: Sequence, index: int, block: int, chunk: Any) -> None: ...
+    def drop(self, block: int) -> None: ...
+    def export(self, block: int) -> Mapping[str, np.ndarray] | None: ...
+    def load(self, block: int, arrays: Mapping[str, np.ndarray]) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A decode step that is queued on the device and not yet read."""
+    """A step that is queued on the device and not yet read. `rows` (None: nobody wants what comes of it) and the positions whose keys
+    and values it computes; `chunks` with what they make."""
 
-    rows: tuple[Sequence, ...]
-    sampled: Sampled
+    rows: tuple[Sequence | None, ...]
+    positions: tuple[int, ...]
+    sampled: Sampled | None
+    step: Queued | None
+    chunks: tuple[tuple[Chunk, Queued], ...]
+
+    def arrays(self) -> list[mx.array]:
+        sampled = [] if self.sampled is None else self.sampled.arrays()
+        step = [] if self.step is None else self.step.arrays()
+        return sampled + step + [a for _, queued in self.chunks for a in queued.arrays()]
 
 
 class Runner:
     """One model's forward passes. Owned by the device thread."""
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
-        self._model = model
-        self._cache = BatchCache(model)
+    def __init__(self, cache: KVCache, vocab_size: int) -> None:
+        self.cache = cache
+        self.cache_name = cache.name
+        self.block_bytes = cache.token_bytes * BLOCK_TOKENS
         self._sampler = Sampler(vocab_size)
-        self._rows: list[Sequence] = []
+        self._rows: list[Sequence | None] = []
         self._inputs: mx.array | None = None  # [B] the next token of every row, perhaps still being computed
-        self._prefilled: dict[Sequence, LayerCaches] = {}  # caches of sequences that have not joined yet
+        self._pending: Pending | None = None
 
     @property
-    def can_batch(self) -> bool:
-        return self._cache.can_batch
+    def allocated_bytes(self) -> int:
+        return self.cache.allocated_bytes
 
-    def prefill(self, chunk: Chunk) -> None:
-        """Queues the keys and values of a stretch of a prompt; no logits are computed."""
-        row = self._prefilled.get(chunk.sequence)
-        if row is None:
-            row = self._prefilled[chunk.sequence] = self._cache.new_row()
-        tokens = mx.array([chunk.sequence.spec.prompt[chunk.start : chunk.stop]], dtype=mx.int32)
-        self._model(tokens, cache=row)
-        mx.async_eval([layer.state for layer in row])
-        chunk.sequence.num_computed = chunk.stop
+    def queue(self, plan: Plan) -> Pending:
+        """Queues all passes of a plan; waits for nothing."""
+        for sequence in plan.preempted:
+            self.cache.forget(sequence)
+        for sequence in plan.admitted:
+            self.cache.admit(sequence)
+        for fork in plan.forks:
+            self.cache.fork(fork.child, fork.parent, fork.source, fork.target)
+        rows, positions, sampled, step = self._decode(plan.decode) if plan.decode else ((), (), None, None)
+        chunks: list[tuple[Chunk, Queued]] = []
+        for chunk in plan.prefill:
+            queued = self.cache.prefill(chunk.sequence, chunk.start, chunk.stop)
+            mx.async_eval(queued.arrays())
+            chunk.sequence.num_queued = chunk.stop
+            chunks.append((chunk, queued))
+        self._pending = Pending(rows, positions, sampled, step, tuple(chunks))
+        return self._pending
 
-    def decode(self, rows: Rows[Sequence]) -> Pending:
-        """Queues one token for each of `rows`, in one forward pass over exactly these."""
-        self._set_rows(set(rows), rows)
-        assert self._inputs is not None
-        logits = self._model(self._inputs[:, None], cache=self._cache.layers)[:, -1, :]
-        sampled = self._sampler.sample(logits)
-        mx.async_eval(*sampled.arrays())
-        self._inputs = sampled.tokens
-        for sequence in self._rows:
-            sequence.num_computed += 1
-            sequence.num_sampled += 1
-        return Pending(tuple(self._rows), sampled)
+    def read(self, pending: Pending) -> list[Token | None]:
+        """Waits for a queued step. One token for each of its rows that anybody waits for."""
+        mx.eval(pending.arrays())
+        if self._pending is pending:
+            self._pending = None
+        if pending.step is not None:
+            self.cache.settle(pending.step)
+        for sequence, position in zip(pending.rows, pending.positions, strict=True):
+            if sequence is not None and sequence.table:  # not if it has been preempted since
+                sequence.num_computed = position + 1
+        for chunk, _ in pending.chunks:
+            if chunk.sequence.table:
+                chunk.sequence.num_computed = chunk.stop
+        return [] if pending.sampled is None else _tokens(pending.rows, pending.sampled)
 
-    def read(self, pending: Pending) -> list[Token]:
-        """Waits for a queued step. One token for each of its rows."""
-        sampled = pending.sampled
-        mx.eval(*sampled.arrays())
-        tokens = cast(list[int], sampled.tokens.tolist())
-        if sampled.logprobs is None:
-            return [Token(s.index, t) for s, t in zip(pending.rows, tokens, strict=True)]
-        logprobs = cast(list[float], sampled.logprobs.tolist())
-        top = _pairs(sampled, len(tokens))
-        return [
-            Token(s.index, t)
-            if s.spec.num_top_logprobs is None
-            else Token(s.index, t, logprobs[i], tuple(top[i][: s.spec.num_top_logprobs]))
-            for i, (s, t) in enumerate(zip(pending.rows, tokens, strict=True))
-        ]
+    def save(self, sequence: Sequence, index: int, block: int, pending: Pending | None) -> None:
+        """Block `index` of a sequence, computed by now, was published: others will come for it."""
+        stop = (index + 1) * BLOCK_TOKENS
+        chunks = () if pending is None else pending.chunks
+        self.cache.save(sequence, index, block, next((q for c, q in chunks if c.sequence is sequence and c.stop == stop), None))
+
+    def drop(self, block: int) -> None:
+        """Nobody can find this block any more."""
+        self.cache.drop(block)
+
+    def export(self, block: int) -> Mapping[str, np.ndarray] | None:
+        """A block's content for a file; None if it is nothing that a file could hold."""
+        return self.cache.export(block)
+
+    def load(self, block: int, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Puts back what was exported; whether a sequence can go on from its end. Raises `KeyError` and `ValueError` if it is not of
+        this model."""
+        return self.cache.load(block, arrays)
 
     def forget(self, sequence: Sequence) -> None:
-        """Drops what a sequence holds before it joined the batch; a row leaves the batch at the next decode."""
-        self._prefilled.pop(sequence, None)
+        """Drops what a sequence holds; its row leaves the batch at the next decode."""
+        self.cache.forget(sequence)
 
     def clear(self) -> None:
         """Empties the batch: nobody decodes any more. A pass that failed half-way may have left a row's cache without its row."""
-        if self._rows or self._cache.layers:
-            self._rows = []
-            self._inputs = None
-            self._cache.keep([])
-            self._sampler.set_rows([], [])
+        self._rows = []
+        self._inputs = None
+        self._pending = None
+        self.cache.clear()
+        self._sampler.set_rows([])
 
-    def _set_rows(self, wanted: set[Sequence], arriving: Rows[Sequence]) -> None:
-        """Those who stay keep their order; newcomers go last, so that nobody's cache moves because of them."""
-        keep = [i for i, s in enumerate(self._rows) if s in wanted]
-        before = {self._rows[i] for i in keep}
-        joined = [s for s in arriving if s not in before]
-        if len(keep) == len(self._rows) and not joined:
+    def _decode(self, wanted: Rows[Sequence]) -> tuple[tuple[Sequence | None, ...], tuple[int, ...], Sampled, Queued]:
+        """One token for each of `wanted`, in one forward pass."""
+        self._set_rows(wanted)
+        assert self._inputs is not None
+        logits, step = self.cache.forward(self._inputs)
+        sampled = self._sampler.sample(logits)
+        mx.async_eval(sampled.arrays() + step.arrays())
+        self._inputs = sampled.tokens
+        positions = tuple(0 if s is None else s.num_queued for s in self._rows)
+        for sequence in wanted:
+            sequence.num_queued += 1
+            sequence.num_sampled += 1
+        return tuple(self._rows), positions, sampled, step
+
+    def _set_rows(self, wanted: Rows[Sequence]) -> None:
+        under_way = () if self._pending is None else self._pending.rows
+        unread = {s: i for i, s in enumerate(under_way) if s is not None and not s.finished}
+        rows = self.cache.arrange(wanted, set(unread))
+        if rows == list(under_way):
             return
-        if len(keep) < len(self._rows):
-            self._cache.keep(keep)
-        for sequence in joined:
-            self._cache.join(self._prefilled.pop(sequence, None) or self._cache.new_row())
-        fresh = mx.array([s.last_token for s in joined], dtype=mx.int32)
-        kept = None if self._inputs is None else self._inputs[mx.array(keep, dtype=mx.int32)]
-        self._inputs = fresh if kept is None else mx.concatenate([kept, fresh])
-        self._sampler.set_rows(keep, joined)
-        self._rows = [self._rows[i] for i in keep] + joined
+        # The token of a row under way is not known yet and stays on the device; everybody else's is.
+        inputs = mx.array([0 if s is None or s in unread else s.last_token for s in rows], dtype=mx.int32)
+        if self._inputs is not None and any(s in unread for s in rows):
+            source = mx.array([0 if s is None else unread.get(s, 0) for s in rows], dtype=mx.int32)
+            inputs = mx.where(mx.array([s in unread for s in rows]), self._inputs[source], inputs)
+        self._inputs = inputs
+        if rows != self._rows:
+            self._sampler.set_rows(rows)
+            self._rows = rows
+
+
+def _tokens(rows: Rows[Sequence | None], sampled: Sampled) -> list[Token | None]:
+    tokens = cast(list[int], sampled.tokens.tolist())
+    if sampled.logprobs is None:
+        return [None if s is None else Token(s.index, t) for s, t in zip(rows, tokens, strict=True)]
+    logprobs = cast(list[float], sampled.logprobs.tolist())
+    top = _pairs(sampled, len(tokens))
+    result: list[Token | None] = []
+    for i, (s, token) in enumerate(zip(rows, tokens, strict=True)):
+        if s is None or s.spec.num_top_logprobs is None:
+            result.append(None if s is None else Token(s.index, token))
+        else:
+            result.append(Token(s.index, token, logprobs[i], tuple(top[i][: s.spec.num_top_logprobs])))
+    return result
 
 
 def _pairs(sampled: Sampled, num_rows: int) -> list[list[tuple[int, float]]]:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_manager.inference.engine.sequence import Sequence
+from mlx_manager.inference.engine.sequence import Sequence, TokenSampling
 
 _MASK = 2**64 - 1
 # Halvings of [0, 1]: the cut is found to 2^-32 of the likeliest token's probability, finer than float32 tells apart.
 _BISECTIONS = 32
 # Below this a draw is the likeliest token to the last bit of float32, and dividing by less overflows.
 _COLDEST = 1e-6
+_NOBODY = TokenSampling(seed=0, temperature=0.0)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -49,41 +50,41 @@ class Sampler:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._rows: list[Sequence] = []
+        self._rows: list[Sequence | None] = []
         # Both [B, V], and both there only while a row has a penalty: whether a token is in the prompt, and how often it was
         # generated, unread steps included.
         self._in_prompt: mx.array | None = None
         self._counts: mx.array | None = None
         self._describe()
 
-    def set_rows(self, keep: list[int], joined: Rows[Sequence]) -> None:
-        """The rows that stay, in their order, then those that join (which have generated nothing unread)."""
-        stay = [self._rows[i] for i in keep]
-        self._rows = [*stay, *joined]
-        if not any(s.spec.sampling.penalises for s in self._rows):
+    def set_rows(self, rows: Rows[Sequence | None]) -> None:
+        """Who is in which row from now on (None: nobody). Newcomers have generated nothing that is not read."""
+        at = {s: i for i, s in enumerate(self._rows) if s is not None}
+        self._rows = list(rows)
+        if not any(s is not None and s.spec.sampling.penalises for s in rows):
             self._counts = self._in_prompt = None
         else:
-            counts, in_prompt = self._history(joined)
+            # Rows that were here before while nobody had a penalty have none: their counts are never looked at.
+            counts, in_prompt = self._history([None if s in at else s for s in rows])
             if self._counts is not None and self._in_prompt is not None:
-                index = mx.array(keep, dtype=mx.int32)
-                old_counts, old_in_prompt = self._counts[index], self._in_prompt[index]
-            else:  # rows that were here before have no penalty: their counts are never looked at
-                shape = (len(stay), self._vocab_size)
-                old_counts, old_in_prompt = mx.zeros(shape), mx.zeros(shape, dtype=mx.bool_)
-            self._counts = mx.concatenate([old_counts, counts])
-            self._in_prompt = mx.concatenate([old_in_prompt, in_prompt])
+                index = mx.array([0 if s is None else at.get(s, 0) for s in rows], dtype=mx.int32)
+                stays = mx.array([[s in at] for s in rows])
+                counts = mx.where(stays, self._counts[index], counts)
+                in_prompt = mx.where(stays, self._in_prompt[index], in_prompt)
+            self._counts, self._in_prompt = counts, in_prompt
         self._describe()
 
-    def _history(self, rows: Rows[Sequence]) -> tuple[mx.array, mx.array]:
+    def _history(self, rows: Rows[Sequence | None]) -> tuple[mx.array, mx.array]:
         counts = np.zeros((len(rows), self._vocab_size), np.float32)
         in_prompt = np.zeros((len(rows), self._vocab_size), np.bool_)
         for i, s in enumerate(rows):
-            in_prompt[i, list(s.spec.prompt)] = True
-            np.add.at(counts[i], s.generated, 1)
+            if s is not None:
+                in_prompt[i, list(s.spec.prompt)] = True
+                np.add.at(counts[i], s.generated, 1)
         return mx.array(counts), mx.array(in_prompt.view(np.uint8)).astype(mx.bool_)
 
     def _describe(self) -> None:
-        params = [s.spec.sampling for s in self._rows]
+        params = [_NOBODY if s is None else s.spec.sampling for s in self._rows]
 
         def column(values: list[float]) -> mx.array:
             return mx.array(np.asarray(values, np.float32)[:, None])
@@ -104,7 +105,7 @@ class Sampler:
             for i, p in enumerate(params):
                 bias[i, list(p.logit_bias)] = list(p.logit_bias.values())
             self._bias = mx.array(bias)
-        wanted = [s.spec.num_top_logprobs for s in self._rows if s.spec.num_top_logprobs is not None]
+        wanted = [s.spec.num_top_logprobs for s in self._rows if s is not None and s.spec.num_top_logprobs is not None]
         self._num_top = max(wanted) if wanted else None
 
     def sample(self, logits: mx.array) -> Sampled:
@@ -113,7 +114,9 @@ class Sampler:
         logits = self._penalised(raw if self._bias is None else raw + self._bias)
         tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
         if not self._all_greedy:
-            draws = mx.array(np.asarray([uniform(s.spec.sampling.seed, s.num_sampled) for s in self._rows], np.float32))
+            draws = mx.array(
+                np.asarray([1.0 if s is None else uniform(s.spec.sampling.seed, s.num_sampled) for s in self._rows], np.float32)
+            )
             tokens = mx.where(self._greedy, tokens, self._drawn(logits, draws))
         if self._counts is not None:
             self._counts = self._counts.at[mx.arange(len(self._rows)), tokens].add(1.0)

@@ -1,19 +1,23 @@
 """Who computes what in the next step. No tensors: decisions only, so that they can be tested in microseconds.
 
-There is no prefill phase and no decode phase: a sequence has tokens still to be computed, and the scheduler hands out a
-budget of them until there are none.
+There is no prefill phase and no decode phase: a sequence has tokens still to be computed, and the scheduler hands out a budget of
+them until there are none. A sequence needs blocks for what it computes: it is admitted when they are to be had, shares those whose
+content is there already, and gives way to a more urgent one; what it had computed stays findable until its room is needed.
 """
 
-import time
-from collections import deque
+import heapq
+from collections import Counter
 from dataclasses import dataclass
 
+from mlx_manager.inference.engine import prefix
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Content, Digest
+from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Prompt tokens [start, stop) of one sequence, to be computed in this step."""
+    """Tokens [start, stop) of one sequence, to be computed in this step."""
 
     sequence: Sequence
     start: int
@@ -21,48 +25,344 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One forward pass for all of `decode` together, and one for each chunk of `prefill`."""
+class Fork:
+    """`child` has the prompt of `parent`, which is prefilled and about to sample: it takes over what was computed. Where the prompt
+    ends within a block, that block's content is copied from `source` to `target`, which the child alone holds."""
 
-    decode: tuple[Sequence, ...]
-    prefill: tuple[Chunk, ...]
+    child: Sequence
+    parent: Sequence
+    source: int | None
+    target: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """In this order: `preempted` give up their places; `admitted` come in with `num_cached` of their tokens computed by others before;
+    `forks` come in as copies; one forward pass for all of `decode` together, and one for each chunk of `prefill`."""
+
+    preempted: tuple[Sequence, ...] = ()
+    admitted: tuple[Sequence, ...] = ()
+    forks: tuple[Fork, ...] = ()
+    decode: tuple[Sequence, ...] = ()
+    prefill: tuple[Chunk, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.decode or self.prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """`max_sequences` hold places at a time. A class of priority is worth `ageing_s` seconds of waiting.
+
+    `max_row_tokens` bounds (rows) x (tokens of the longest), where rows are padded to one length. `max_scores` bounds (tokens of a
+    chunk) x (tokens that it attends to), where attention writes its scores to memory. `needs_states`: layers keep a state beside keys
+    and values, so chunks end where blocks end, and a prefix can be resumed only there.
+    """
+
+    max_sequences: int = 32
+    ageing_s: float = 10.0
+    max_row_tokens: int | None = None
+    max_scores: int | None = None
+    needs_states: bool = False
 
 
 class Scheduler:
-    """First come, first served, at most `max_sequences` at a time, at most `prefill_budget` prompt tokens a step."""
+    """Waiting and running sequences, and the blocks that they hold."""
 
-    def __init__(self, *, max_sequences: int, prefill_budget: int) -> None:
-        self.max_sequences = max_sequences
-        self.prefill_budget = prefill_budget
-        self.waiting: deque[Sequence] = deque()
+    def __init__(self, pool: BlockPool, keys: PrefixKeys, policy: Policy) -> None:
+        self.pool = pool
+        self.policy = policy
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence wherever it is; its place is free for the next plan."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        self.num_preemptions = 0
+        self._keys = keys
+        self._roots: dict[str, Digest] = {}
+        self._being_computed: dict[Digest, Sequence] = {}  # blocks of prompts that somebody is at: others wait for them
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def plan(self) -> Plan:
-        while self.waiting and len(self.running) < self.max_sequences:
-            sequence = self.waiting.popleft()
-            sequence.admitted = time.monotonic()
-            self.running.append(sequence)
-        budget = self.prefill_budget
-        chunks: list[Chunk] = []
-        for sequence in self.running:
-            count = min(budget, sequence.num_prefill_left)
-            if count > 0:
-                chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_computed + count))
-                budget -= count
-            if budget == 0:
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence there can be, in tokens."""
+        usable = self.pool.num_usable * BLOCK_TOKENS
+        return usable if self.policy.max_row_tokens is None else min(usable, self.policy.max_row_tokens)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence wherever it is; what it held can be given away in the next plan. Passes that are queued may still write
+        there: they come before whatever the next plan queues."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._let_go(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Those whose deadline has passed."""
+        return [s for s in (*self.running, *self.waiting) if s.spec.deadline is not None and s.spec.deadline <= now]
+
+    def look_up(self, sequence: Sequence) -> tuple[int, int]:
+        """How many blocks of its beginning can be found, and how many of these can be used."""
+        self._name(sequence)
+        found = 0
+        for index in range(self._num_shareable(sequence)):
+            if self.pool.find(sequence.digests[index], prefix.block_tokens(sequence.tokens, index)) is None:
                 break
-        return Plan(decode=tuple(s for s in self.running if s.wants_decode), prefill=tuple(chunks))
+            found += 1
+        return found, len(self._hits(sequence))
+
+    # ---- one step
+
+    def plan(self, now: float, prefill_budget: int) -> Plan:
+        """What to do next; blocks are given out as if it were done."""
+        preempted: list[Sequence] = []
+        self._grow(now, preempted)
+        admitted, forks = self._admit(now, preempted)
+        prefill = self._hand_out(now, prefill_budget)
+        return Plan(tuple(preempted), tuple(admitted), tuple(forks), tuple(s for s in self.running if s.wants_decode), tuple(prefill))
+
+    def _grow(self, now: float, preempted: list[Sequence]) -> None:
+        """A block for each row whose next token needs one; the least urgent give theirs up if there are none."""
+        for sequence in sorted(self.running, key=lambda s: self._rank(s, now)):
+            while sequence in self.running and sequence.wants_decode and sequence.num_queued == len(sequence.table) * BLOCK_TOKENS:
+                block = self.pool.allocate() if self._rows_fit(len(self.running), len(sequence.table) + 1) else None
+                if block is not None:
+                    sequence.table.append(block)
+                else:
+                    self._preempt(max(self.running, key=lambda s: self._rank(s, now)), now, preempted)
+
+    def _admit(self, now: float, preempted: list[Sequence]) -> tuple[list[Sequence], list[Fork]]:
+        admitted: list[Sequence] = []
+        forks: list[Fork] = []
+        settled: set[Sequence] = set()  # takes part in what is decided already
+        places = Counter(s.spec.client for s in self.running)
+
+        def rank(s: Sequence) -> tuple[float, float]:
+            # Whoever has all the places counts as one class less urgent than whoever has none.
+            return self._rank(s, now, places[s.spec.client] / self.policy.max_sequences)
+
+        # Of those who were preempted just now the last token may not be read yet.
+        left = [(*rank(s), i, s) for i, s in enumerate(self.waiting) if s not in preempted]
+        heapq.heapify(left)
+        while left:
+            *was, i, candidate = heapq.heappop(left)
+            if (current := rank(candidate)) != tuple(was):  # its client has got a place since
+                heapq.heappush(left, (*current, i, candidate))
+                continue
+            leader = self._leader(candidate)
+            if leader is not None:
+                leader.urgency = min(leader.urgency, candidate.urgency)
+                continue
+            parent = self._parent(candidate)
+            hits = self._hits(candidate) if parent is None else parent.table[: parent.prefill_end // BLOCK_TOKENS]
+            while not self._has_room(candidate, hits):
+                victim = max(self.running, key=lambda s: self._rank(s, now), default=None)
+                # One class apart, or two of one class would take turns at giving way.
+                if victim is None or victim in settled or self._rank(victim, now)[0] - self._rank(candidate, now)[0] < 1:
+                    return admitted, forks
+                self._preempt(victim, now, preempted)
+                if victim is parent:
+                    parent, hits = None, self._hits(candidate)
+            self._give_place(candidate, hits, now)
+            places[candidate.spec.client] += 1
+            settled.add(candidate)
+            if parent is None:
+                admitted.append(candidate)
+                self._claim(candidate)
+            else:
+                forks.append(self._fork(candidate, parent))
+                settled.add(parent)
+        return admitted, forks
+
+    def _hand_out(self, now: float, budget: int) -> list[Chunk]:
+        """The most urgent first."""
+        chunks: list[Chunk] = []
+        for sequence in sorted((s for s in self.running if s.num_prefill_left), key=lambda s: self._rank(s, now)):
+            if budget <= 0:
+                break
+            start = sequence.num_queued
+            stop = start + self._chunk_length(sequence, budget)
+            chunks.append(Chunk(sequence, start, stop))
+            budget -= stop - start
+        return chunks
+
+    def _chunk_length(self, sequence: Sequence, budget: int) -> int:
+        length = min(budget, sequence.num_prefill_left)
+        if self.policy.max_scores is not None:
+            while length > 1 and length * (sequence.num_queued + length) > self.policy.max_scores:
+                length //= 2
+        if self.policy.needs_states:
+            end = sequence.num_queued + length
+            aligned = end - end % BLOCK_TOKENS
+            if aligned > sequence.num_queued:
+                return aligned - sequence.num_queued
+        return length
+
+    # ---- who comes before whom
+
+    def _rank(self, sequence: Sequence, now: float, handicap: float = 0.0) -> tuple[float, float]:
+        """Less is more urgent."""
+        waited = sequence.waited_s + (now - sequence.waiting_since if sequence.waiting_since is not None else 0.0)
+        return sequence.urgency - waited / self.policy.ageing_s + handicap, sequence.submitted
+
+    def _leader(self, candidate: Sequence) -> Sequence | None:
+        """Who is about to have computed what the candidate would have to compute itself."""
+        self._name(candidate)
+        for block in range(self._num_shareable(candidate)):
+            digest = candidate.digests[block]
+            if self.pool.find(digest, prefix.block_tokens(candidate.tokens, block)) is None:
+                return self._being_computed.get(digest)
+        return next((s for s in self.running if s.num_computed < s.prefill_end and _are_same(s, candidate)), None)
+
+    def _parent(self, candidate: Sequence) -> Sequence | None:
+        """Who has just prefilled the very same tokens and not sampled since."""
+        for s in self.running:
+            if s.num_computed == s.num_queued == s.prefill_end == len(s.tokens) - 1 and _are_same(s, candidate):
+                return s
+        return None
+
+    # ---- places and blocks
+
+    def _has_room(self, candidate: Sequence, hits: list[int]) -> bool:
+        """Blocks for all its tokens, and one more for each who runs already, so that nobody is admitted to be sent away at once."""
+        if len(self.running) >= self.policy.max_sequences:
+            return False
+        num_blocks = _blocks_for(len(candidate.tokens))
+        num_hits_cached = sum(self.pool.is_cached(block) for block in hits)
+        needed = num_blocks - len(hits) + len(self.running)
+        return needed <= self.pool.num_available - num_hits_cached and self._rows_fit(len(self.running) + 1, num_blocks)
+
+    def _rows_fit(self, num_rows: int, num_blocks: int) -> bool:
+        if self.policy.max_row_tokens is None:
+            return True
+        longest = max([num_blocks, *(len(s.table) for s in self.running)])
+        return num_rows * longest * BLOCK_TOKENS <= self.policy.max_row_tokens
+
+    def _hits(self, candidate: Sequence) -> list[int]:
+        """Blocks that hold the beginning of its tokens. The last token is always left to compute: its logits are wanted."""
+        hits: list[int] = []
+        num_resumable = 0
+        self._name(candidate)
+        for index in range(self._num_shareable(candidate)):
+            block = self.pool.find(candidate.digests[index], prefix.block_tokens(candidate.tokens, index))
+            if block is None:
+                break
+            hits.append(block)
+            content = self.pool.content(block)
+            if content is not None and content.resumable:
+                num_resumable = len(hits)
+        return hits[:num_resumable]
+
+    def _num_shareable(self, sequence: Sequence) -> int:
+        return (len(sequence.tokens) - 1) // BLOCK_TOKENS
+
+    def _name(self, sequence: Sequence) -> None:
+        prefix.extend(sequence.digests, sequence.tokens, self._root(sequence))
+
+    def _root(self, sequence: Sequence) -> Digest:
+        tenant = sequence.spec.tenant
+        if tenant not in self._roots:
+            self._roots[tenant] = self._keys.root(tenant)
+        return self._roots[tenant]
+
+    def _give_place(self, sequence: Sequence, hits: list[int], now: float) -> None:
+        for block in hits:
+            self.pool.share(block)
+        sequence.table = list(hits)
+        while len(sequence.table) < _blocks_for(len(sequence.tokens)):
+            block = self.pool.allocate()
+            assert block is not None, "there was room"
+            sequence.table.append(block)
+        sequence.num_queued = sequence.num_computed = len(hits) * BLOCK_TOKENS
+        sequence.num_published = len(hits)
+        sequence.prefill_end = len(sequence.tokens) - 1
+        if sequence.admitted is None:
+            sequence.admitted = now
+            sequence.num_cached = sequence.num_computed
+        if sequence.waiting_since is not None:
+            sequence.waited_s += now - sequence.waiting_since
+            sequence.waiting_since = None
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+
+    def _fork(self, child: Sequence, parent: Sequence) -> Fork:
+        child.num_queued = child.num_computed = child.prefill_end
+        child.num_cached = child.prefill_end
+        child.num_published = min(len(child.table), parent.num_published)
+        tail = child.prefill_end // BLOCK_TOKENS
+        if child.prefill_end % BLOCK_TOKENS == 0:
+            return Fork(child, parent, None, None)
+        return Fork(child, parent, parent.table[tail], child.table[tail])
+
+    def _preempt(self, victim: Sequence, now: float, preempted: list[Sequence]) -> None:
+        """It will be computed again, from what is still findable then."""
+        self.running.remove(victim)
+        self._let_go(victim)
+        victim.num_queued = victim.num_computed = victim.num_published = 0
+        victim.waiting_since = now
+        self.waiting.append(victim)
+        preempted.append(victim)
+        self.num_preemptions += 1
+
+    def _let_go(self, sequence: Sequence) -> None:
+        # The end first: of a prefix that nobody holds, the end is given away first.
+        for block in reversed(sequence.table):
+            self.pool.release(block)
+        sequence.table = []
+        for digest in [d for d, s in self._being_computed.items() if s is sequence]:
+            del self._being_computed[digest]
+
+    def _claim(self, sequence: Sequence) -> None:
+        for digest in sequence.digests[sequence.num_published : self._num_shareable(sequence)]:
+            self._being_computed.setdefault(digest, sequence)
+
+    def publish(self, sequence: Sequence, resumable_at: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
+        """Makes the full blocks that have been computed since the last call findable: (index in the table, block) of each that was
+        not known before. Where states are needed, only positions of `resumable_at` can be resumed from."""
+        new: list[tuple[int, int]] = []
+        if not sequence.table:
+            return new
+        num_full = min(sequence.num_computed, len(sequence.tokens)) // BLOCK_TOKENS
+        if num_full > sequence.num_published:
+            self._name(sequence)
+        for index in range(sequence.num_published, num_full):
+            digest = sequence.digests[index]
+            content = Content(
+                digest,
+                sequence.digests[index - 1] if index else self._root(sequence),
+                prefix.block_tokens(sequence.tokens, index),
+                not self.policy.needs_states or (index + 1) * BLOCK_TOKENS in resumable_at,
+            )
+            if self.pool.publish(sequence.table[index], content):
+                new.append((index, sequence.table[index]))
+            if self._being_computed.get(digest) is sequence:
+                del self._being_computed[digest]
+        sequence.num_published = max(sequence.num_published, num_full)
+        return new
+
+    def check_integrity(self) -> None:
+        """Every block is accounted for, and everybody has the blocks for what is queued. Raises `AssertionError`."""
+        self.pool.check_integrity(s.table for s in self.running)
+        for s in self.running:
+            assert s.num_computed <= s.num_queued <= len(s.table) * BLOCK_TOKENS, "more was computed than there are blocks for"
+            assert s not in self.waiting, "it runs and waits"
+        assert not any(s.table for s in self.waiting), "who waits holds nothing"
+        assert set(self._being_computed.values()) <= set(self.running), "somebody waits for who does not run"
+
+
+def _are_same(one: Sequence, other: Sequence) -> bool:
+    """Whether both have the same tokens, of which the digests say all but the last few."""
+    if len(one.tokens) != len(other.tokens) or one.spec.tenant != other.spec.tenant:
+        return False
+    num_full = len(one.tokens) // BLOCK_TOKENS
+    same_blocks = num_full == 0 or one.digests[num_full - 1] == other.digests[num_full - 1]
+    return same_blocks and one.tokens[num_full * BLOCK_TOKENS :] == other.tokens[num_full * BLOCK_TOKENS :]
+
+
+def _blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_TOKENS)

@@ -7,8 +7,12 @@ from types import MappingProxyType
 from typing import Literal
 
 from mlx_manager.core.events import Timing
+from mlx_manager.core.requests import Priority
+from mlx_manager.inference.engine.block_pool import Digest
 
 EndReason = Literal["stop", "length"]
+
+URGENCY: Mapping[Priority, int] = MappingProxyType({"high": 0, "normal": 1, "low": 2})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +45,20 @@ class TokenSampling:
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
     """What is wanted: `prompt` is not empty; generation ends at a token of `stop_tokens` or after `max_tokens` (>= 1).
-    `num_top_logprobs` None: no log probabilities; otherwise how many alternatives to report beside the chosen token."""
+    `num_top_logprobs` None: no log probabilities; otherwise how many alternatives to report beside the chosen token.
+
+    `client` is who shares in the places fairly; `tenant` who shares blocks; `deadline` a `time.monotonic()`.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: TokenSampling
     stop_tokens: frozenset[int] = frozenset()
     num_top_logprobs: int | None = None
+    priority: Priority = "normal"
+    client: str = ""
+    tenant: str = ""
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +83,10 @@ class Ended:
 class Sequence:
     """Progress of one sequence. Owned by the device thread; `index` is its place in its submission.
 
-    `num_computed` tokens have their keys and values queued or written; `num_sampled` have been sampled, read or not.
-    The last prompt token is not prefilled: it goes through decode, so that sampling exists once.
+    Of its `tokens` (prompt, then what was generated and read), `num_queued` have their keys and values queued or written and
+    `num_computed` written for sure; `num_sampled` tokens have been sampled, read or not. What stood at admission, but for the last
+    token, is prefilled (`prefill_end` tokens); the last one goes through decode, so that sampling exists once.
+    `table[i]` is the block of tokens 32 i … 32 i + 31, `digests[i]` its name once it is full.
     """
 
     def __init__(self, spec: SequenceSpec, index: int) -> None:
@@ -81,25 +94,42 @@ class Sequence:
         assert spec.max_tokens >= 1
         self.spec = spec
         self.index = index
-        self.generated: list[int] = []
+        self.tokens = list(spec.prompt)
+        self.num_queued = 0
         self.num_computed = 0
         self.num_sampled = 0
+        self.num_cached = 0
+        self.prefill_end = len(spec.prompt) - 1
+        self.table: list[int] = []
+        self.digests: list[Digest] = []
+        self.num_published = 0
         self.finished = False
+        self.urgency = URGENCY[spec.priority]  # less is more; raised if somebody more urgent waits for what it computes
         self.submitted = time.monotonic()
+        self.waited_s = 0.0  # up to its last admission; still counting while it waits
+        self.waiting_since: float | None = self.submitted
         self.admitted: float | None = None
         self.first_token: float | None = None
 
     @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.spec.prompt)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[len(self.spec.prompt) :]
+
+    @property
     def num_prefill_left(self) -> int:
-        return max(0, len(self.spec.prompt) - 1 - self.num_computed)
+        return max(0, self.prefill_end - self.num_queued)
 
     @property
     def wants_decode(self) -> bool:
-        return not self.finished and self.num_prefill_left == 0 and self.num_sampled < self.spec.max_tokens
+        return not self.finished and self.num_computed >= self.prefill_end and self.num_sampled < self.spec.max_tokens
 
     @property
     def last_token(self) -> int:
-        return self.generated[-1] if self.generated else self.spec.prompt[-1]
+        return self.tokens[-1]
 
     def timing(self) -> Timing:
         return Timing(self.submitted, self.admitted, self.first_token, time.monotonic())

@@ -1,0 +1,81 @@
+"""Which way of keeping keys and values a model gets: the first that gives the same logits as mlx-lm's own caches."""
+# pyright: basic
+
+import logging
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_manager.inference.engine.runner import KVCache
+from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, TokenSampling
+from mlx_manager.inference.engine.single_cache import SingleCache
+from mlx_manager.inference.engine.slot_cache import SlotCache
+
+log = logging.getLogger(__name__)
+
+# The same sums in another order: what float32 and the 16-bit types may differ by, of the largest logit.
+_TOLERANCE = {mx.float32: 2e-3, mx.float16: 3e-2, mx.bfloat16: 8e-2}
+_PROMPTS = ((3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46), (2, 71, 82))
+_CONTINUATION = (18, 28, 45)
+
+
+def choose_cache(model: Any) -> KVCache:
+    """The fastest cache that passes. Reasons why others do not are logged."""
+    for make in (lambda: SlotCache(model), lambda: SlotCache(model, gathers=True)):
+        try:
+            problem = self_test(model, make())
+        except Exception as error:  # noqa: BLE001 - whatever a model does with a cache that it does not know
+            problem = f"{type(error).__name__}: {error}"
+        if problem is None:
+            return make()
+        log.info("this model cannot use %s: %s", "slots", problem)
+    return SingleCache(model)
+
+
+def self_test(model: Any, cache: KVCache) -> str | None:
+    """What is wrong if two sequences of different lengths, in chunks and side by side, do not get the logits that each gets alone."""
+    expected = [_alone(model, prompt) for prompt in _PROMPTS]
+    sequences = [Sequence(SequenceSpec(prompt, 10, TokenSampling(0)), i) for i, prompt in enumerate(_PROMPTS)]
+    for s in sequences:
+        s.table = [0]
+        cache.admit(s)
+        for stop in dict.fromkeys((s.prefill_end // 2, s.prefill_end)):
+            if stop > s.num_queued:
+                queued = cache.prefill(s, s.num_queued, stop)
+                mx.eval(queued.arrays())
+                s.num_queued = s.num_computed = stop
+    unread: list[Any] = []
+    for n in range(len(_CONTINUATION) + 1):
+        rows = cache.arrange(sequences, set(sequences) if unread else set())
+        inputs = [s.tokens[-1] if n == 0 else _CONTINUATION[n - 1] for s in rows if s is not None]
+        logits, step = cache.forward(mx.array(inputs, dtype=mx.int32))
+        mx.eval(logits, step.arrays())
+        for s in sequences:
+            s.num_queued += 1
+        if unread:  # one step behind, as in the engine
+            cache.settle(unread.pop())
+            for s in sequences:
+                s.num_computed += 1
+        unread.append(step)
+        for row, s in enumerate(rows):
+            if s is None:
+                continue
+            difference, scale, tolerance = _compare(logits[row], expected[s.index][n])
+            if not difference <= tolerance * scale:
+                return f"logits differ by {difference:.3g} of {scale:.3g}"
+    return None
+
+
+def _alone(model: Any, prompt: tuple[int, ...]) -> list[mx.array]:
+    """The logits after the prompt and after each token of the continuation, as mlx-lm computes them."""
+    cache = make_prompt_cache(model)
+    inputs = [prompt, *((t,) for t in _CONTINUATION)]
+    logits = [model(mx.array([i], dtype=mx.int32), cache=cache)[0, -1] for i in inputs]
+    mx.eval(logits)
+    return logits
+
+
+def _compare(ours: mx.array, theirs: mx.array) -> tuple[float, float, float]:
+    a, b = ours.astype(mx.float32), theirs.astype(mx.float32)
+    return cast(float, mx.max(mx.abs(a - b)).item()), cast(float, mx.max(mx.abs(b)).item()), _TOLERANCE.get(theirs.dtype, 8e-2)

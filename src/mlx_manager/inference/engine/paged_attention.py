@@ -1,0 +1,423 @@
+"""Attention over keys and values that live in the blocks of a pool, found through block tables.
+
+A pool's arrays are never rebound: the kernels write into them in place, through pointers that MLX takes for read-only. Rebinding
+(`pool[index] = x`) would copy the layer's whole pool whenever an earlier step still holds it, which with a step queued ahead is
+always. MLX cannot see such writes, so their order is carried by the pool's epoch: every kernel takes the epoch that the one
+before it made, and makes the next.
+
+Inside `mx.compile` the epochs are inputs and outputs of the compiled function: set `pool.epoch` first, return it last.
+"""
+# pyright: basic
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
+from mlx_manager.inference.engine.paged_kernels import APPEND_AND_ATTEND, COPY_BLOCK, GATHER, REDUCE, WRITE, Backend, KernelText
+
+_HEAD_DIMS = (32, 64, 128, 256)
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+# Four warps a group and four groups a multiprocessor keep the memory of an H200 (132 of them) busy. Fewer pages than this in a
+# split cost more to merge than they save. Measured there, and only there.
+_WARPS = 4
+_WANTED_GROUPS = 132 * 4
+_MIN_SPLIT_PAGES = 4
+_COPY_THREADS = 256
+
+
+@dataclass(slots=True)
+class Pool:
+    """One layer's blocks. `keys` and `values` [blocks, kv heads, BLOCK_TOKENS, head dim], evaluated and row-contiguous: a kernel
+    that is given a copy writes into the copy. `epoch` int32 [1] changes with every use; whoever waits for it has waited for all
+    reads and writes queued so far."""
+
+    keys: mx.array
+    values: mx.array
+    epoch: mx.array = field(default_factory=lambda: mx.array([0], mx.int32))
+
+
+class PagedAttention(Protocol):
+    """All methods queue work and return at once. Whatever is queued on one pool happens in the order of the calls.
+
+    B rows, L tokens, Hq query heads, H key/value heads, D their size, W blocks in a table. `table` int32 [B, W] are the rows'
+    blocks in the order of their tokens; `lengths` int32 [B] how many tokens are in the pool. Keys, values and queries share the
+    pool's dtype.
+    """
+
+    def append_and_attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        pool: Pool,
+        table: mx.array,
+        lengths: mx.array,
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """One new token a row: puts `keys` and `values` [B, H, 1, D] at position `lengths[b]`, and gives what `queries`
+        [B, Hq, 1, D] attend to, [B, Hq, 1, D]: the new token and those before it, with a `window` the last `window` of these.
+        `sinks` [Hq] are scores of tokens without a value.
+
+        A row that only fills up a batch has a table of null blocks and length 0; its result means nothing.
+        """
+        ...
+
+    def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
+        """Puts a chunk [1, H, L, D] at positions `start` … of the one row of `table` [1, W]."""
+        ...
+
+    def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
+        """The first `length` keys and values of the one row of `table` [1, W], each [1, H, length, D]: a copy, which stays as it
+        is when the blocks change."""
+        ...
+
+    def copy_block(self, pool: Pool, source: int, target: int) -> None:
+        """Gives block `target` the content of block `source`."""
+        ...
+
+
+def backend() -> Backend | None:
+    """What the kernels would run on, in this process."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def is_supported(dtype: mx.Dtype, head_dim: int, query_heads: int, kv_heads: int) -> bool:
+    """Whether there is a kernel for layers of this shape. Whether it works here is what `self_test` says."""
+    return dtype in _DTYPES and head_dim in _HEAD_DIMS and kv_heads > 0 and query_heads % kv_heads == 0
+
+
+def num_splits(num_groups: int, num_pages: int) -> int:
+    """Into how many parts the pages of a row are divided, each for a group of its own, if there are `num_groups` without that."""
+    splits = 1
+    while splits * num_groups < _WANTED_GROUPS and splits * 2 * _MIN_SPLIT_PAGES <= num_pages:
+        splits *= 2
+    return splits
+
+
+class Kernels:
+    """`PagedAttention` in place, on the GPU. Tests hand in what stands for `mx.fast.metal_kernel` or `mx.fast.cuda_kernel`."""
+
+    def __init__(self, backend: Backend, make_kernel: Callable[..., Any] | None = None) -> None:
+        if make_kernel is None:
+            make_kernel = mx.fast.cuda_kernel if backend == "cuda" else mx.fast.metal_kernel
+
+        def made(text: KernelText) -> Callable[..., Any]:
+            return make_kernel(**text.definition(backend))
+
+        self._append_and_attend = made(APPEND_AND_ATTEND)
+        self._reduce = made(REDUCE)
+        self._write = made(WRITE)
+        self._gather = made(GATHER)
+        self._copy_block = made(COPY_BLOCK)
+        self._scales: dict[float, mx.array] = {}
+
+    def append_and_attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        pool: Pool,
+        table: mx.array,
+        lengths: mx.array,
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        rows, query_heads, _, head_dim = queries.shape
+        kv_heads = pool.keys.shape[1]
+        shared_by = query_heads // kv_heads
+        group = 2 if shared_by % 2 == 0 else 1
+        num_pages = table.shape[1] if window == 0 else min(table.shape[1], window // BLOCK_TOKENS + 2)
+        splits = num_splits(rows * query_heads // group, num_pages)
+        is_direct = splits == 1
+        if scale not in self._scales:
+            self._scales[scale] = mx.array([scale], mx.float32)
+        scales = self._scales[scale]
+        sink_dtype = mx.float32 if sinks is None else sinks.dtype
+        out_dtype = queries.dtype if is_direct else mx.float32
+        out, statistics, pool.epoch = self._append_and_attend(
+            inputs=[
+                queries,
+                keys,
+                values,
+                pool.keys,
+                pool.values,
+                table,
+                lengths,
+                scales,
+                scales if sinks is None else sinks,
+                pool.epoch,
+            ],
+            # CUDA keeps compiled kernels by these alone, so they have to tell apart whatever changes the signature.
+            template=[
+                ("T", queries.dtype),
+                ("OUT", out_dtype),
+                ("SINK", sink_dtype),
+                ("D", head_dim),
+                ("HEADS", kv_heads),
+                ("GQA", shared_by),
+                ("GROUP", group),
+                ("WARPS", _WARPS),
+                ("PAGE", BLOCK_TOKENS),
+                ("WINDOW", window),
+                ("SINKS", sinks is not None),
+                ("DIRECT", is_direct),
+            ],
+            grid=(32 * _WARPS, query_heads // group, rows * splits),
+            threadgroup=(32 * _WARPS, 1, 1),
+            output_shapes=[
+                (rows, query_heads, splits, head_dim),
+                (1,) if is_direct else (rows, query_heads, splits, 2),
+                (1,),
+            ],
+            output_dtypes=[out_dtype, mx.float32, mx.int32],
+        )
+        if is_direct:
+            return out
+        return self._reduce(
+            inputs=[out, statistics],
+            template=[("T", queries.dtype), ("D", head_dim)],
+            grid=(rows * query_heads * head_dim, 1, 1),
+            threadgroup=(head_dim, 1, 1),
+            output_shapes=[(rows, query_heads, 1, head_dim)],
+            output_dtypes=[queries.dtype],
+        )[0]
+
+    def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
+        _, kv_heads, num_tokens, head_dim = keys.shape
+        (pool.epoch,) = self._write(
+            inputs=[keys, values, pool.keys, pool.values, table, mx.array([start], mx.int32), pool.epoch],
+            template=_template(pool),
+            grid=(_whole_groups(num_tokens * head_dim // 8), kv_heads, 1),
+            threadgroup=(_COPY_THREADS, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.int32],
+        )
+
+    def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
+        _, kv_heads, _, head_dim = pool.keys.shape
+        shape, dtype = (1, kv_heads, length, head_dim), pool.keys.dtype
+        keys, values, pool.epoch = self._gather(
+            inputs=[pool.keys, pool.values, table, mx.array([length], mx.int32), pool.epoch],
+            template=_template(pool),
+            grid=(_whole_groups(length * head_dim // 8), kv_heads, 1),
+            threadgroup=(_COPY_THREADS, 1, 1),
+            output_shapes=[shape, shape, (1,)],
+            output_dtypes=[dtype, dtype, mx.int32],
+        )
+        return keys, values
+
+    def copy_block(self, pool: Pool, source: int, target: int) -> None:
+        _, kv_heads, _, head_dim = pool.keys.shape
+        (pool.epoch,) = self._copy_block(
+            inputs=[pool.keys, pool.values, mx.array([source, target], mx.int32), pool.epoch],
+            template=_template(pool),
+            grid=(_whole_groups(kv_heads * BLOCK_TOKENS * head_dim // 8), 1, 1),
+            threadgroup=(_COPY_THREADS, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.int32],
+        )
+
+
+def _template(pool: Pool) -> list[tuple[str, Any]]:
+    _, kv_heads, page, head_dim = pool.keys.shape
+    return [("T", pool.keys.dtype), ("D", head_dim), ("HEADS", kv_heads), ("PAGE", page)]
+
+
+def _whole_groups(num_threads: int) -> int:
+    return -(-num_threads // _COPY_THREADS) * _COPY_THREADS
+
+
+class Reference:
+    """`PagedAttention` in plain MLX, on any device: slow, and what the kernels are measured by. Computes in float32.
+
+    Writes change the pool's array objects as `array[index] = x` does; not for use inside `mx.compile`.
+    """
+
+    def append_and_attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        pool: Pool,
+        table: mx.array,
+        lengths: mx.array,
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        blocks = mx.take_along_axis(table, (lengths // BLOCK_TOKENS)[:, None], axis=1)[:, 0]
+        _put(pool, blocks, lengths % BLOCK_TOKENS, keys[:, :, 0], values[:, :, 0])
+        positions = mx.arange(table.shape[1] * BLOCK_TOKENS)
+        is_seen = positions <= lengths[:, None]
+        if window > 0:
+            is_seen &= positions > lengths[:, None] - window
+        # What is left in other slots may be NaN, which no mask takes back.
+        known_keys, known_values = (
+            mx.where(is_seen[:, None, :, None], _pages(array, table).astype(mx.float32), 0.0) for array in (pool.keys, pool.values)
+        )
+        return mx.fast.scaled_dot_product_attention(
+            queries.astype(mx.float32),
+            known_keys,
+            known_values,
+            scale=scale,
+            mask=is_seen[:, None, None, :],
+            sinks=None if sinks is None else sinks.astype(mx.float32),
+        ).astype(queries.dtype)
+
+    def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
+        positions = mx.arange(start, start + keys.shape[2])
+        blocks = table[0][positions // BLOCK_TOKENS]
+        _put(pool, blocks, positions % BLOCK_TOKENS, keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1))
+
+    def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
+        return _pages(pool.keys, table)[:, :, :length], _pages(pool.values, table)[:, :, :length]
+
+    def copy_block(self, pool: Pool, source: int, target: int) -> None:
+        pool.keys[target] = pool.keys[source]
+        pool.values[target] = pool.values[source]
+        _after_write(pool)
+
+
+def _put(pool: Pool, blocks: mx.array, slots: mx.array, keys: mx.array, values: mx.array) -> None:
+    """Tokens [n, H, D] into `slots` [n] of `blocks` [n]."""
+    pool.keys[blocks, :, slots] = keys
+    pool.values[blocks, :, slots] = values
+    _after_write(pool)
+
+
+def _after_write(pool: Pool) -> None:
+    pool.epoch = mx.depends(pool.epoch + 1, [pool.keys, pool.values])
+
+
+def _pages(array: mx.array, table: mx.array) -> mx.array:
+    """[blocks, H, BLOCK_TOKENS, D] as the rows of `table` [B, W] see it: [B, H, W * BLOCK_TOKENS, D]."""
+    rows, width = table.shape
+    _, kv_heads, page, head_dim = array.shape
+    return array[table].swapaxes(1, 2).reshape(rows, kv_heads, width * page, head_dim)
+
+
+# A wider window is tested as one of this size: it is one number in one comparison, and room for it would cost memory.
+_WIDEST_TESTED_WINDOW = 512
+# How far a head's result may be from the reference's, relative to its length. Measured on an H200: 5e-8 in float32, 8e-5 in
+# float16, 7e-4 in bfloat16; the reference itself may multiply in TF32 (5e-4). Attending to one token too many or too few of 300
+# changes a head's result by some 3e-2.
+_TOLERANCE = {mx.float32: 3e-3, mx.float16: 3e-3, mx.bfloat16: 1e-2}
+
+
+def self_test(
+    attention: PagedAttention,
+    *,
+    dtype: mx.Dtype,
+    head_dim: int,
+    query_heads: int,
+    kv_heads: int,
+    window: int = 0,
+    has_sinks: bool = False,
+) -> str | None:
+    """Runs `attention` and `Reference` through the same reads and writes, for layers of this shape, and compares everything they
+    give and leave behind. None if they agree, else a sentence saying what differed. A model with several kinds of layers needs a
+    run for each: a narrow window, for one, is never split."""
+    tested_window = min(window, _WIDEST_TESTED_WINDOW)
+
+    def results_of(tested: PagedAttention) -> Iterator[tuple[str, mx.array]]:
+        return _exercise(tested, dtype, head_dim, query_heads, kv_heads, tested_window, has_sinks)
+
+    try:
+        found, expected = list(results_of(attention)), list(results_of(Reference()))
+        mx.eval(found, expected)
+        for (what, mine), (_, reference) in zip(found, expected, strict=True):
+            if what.startswith("attention"):
+                errors = _relative_errors(mine, reference)
+                if not mx.all(errors <= _TOLERANCE[dtype]).item():
+                    worst = mx.max(mx.where(mx.isnan(errors), mx.inf, errors)).item()
+                    return f"The {what} differs from the reference by {worst:.1e}, more than {_TOLERANCE[dtype]:.0e}."
+            elif not mx.array_equal(mine, reference, equal_nan=True).item():
+                return f"The {what} differ from the reference."
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong in here would go wrong in service
+        return f"The kernels failed: {type(error).__name__}: {error}"
+    return None
+
+
+def _relative_errors(found: mx.array, expected: mx.array) -> mx.array:
+    """How far each head's result is from the expected one, relative to its length: [..., D] gives [...]."""
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    return mx.linalg.norm(found - expected, axis=-1) / mx.linalg.norm(expected, axis=-1)
+
+
+def _exercise(
+    attention: PagedAttention, dtype: mx.Dtype, head_dim: int, query_heads: int, kv_heads: int, window: int, has_sinks: bool
+) -> Iterator[tuple[str, mx.array]]:
+    """Named results, queued without waiting in between, so that only the epoch keeps them in order. Every number is the same at
+    every call."""
+    seeds = iter(range(1_000_000))
+
+    def some(*shape: int) -> mx.array:
+        return mx.random.normal(shape, key=mx.random.key(next(seeds))).astype(dtype)
+
+    # On both sides of a block's edge, in the middle of one, past the window, and long enough to be split.
+    lengths = [0, 31, 32, 75, window + 45, 300]
+    wanted = [length // BLOCK_TOKENS + 2 for length in lengths]
+    blocks = random.Random(0).sample(range(1, sum(wanted) + 4), sum(wanted) + 3)
+    spare, taken = blocks[:3], iter(blocks[3:])
+    width = max(wanted)
+    tables = [[next(taken) for _ in range(number)] + [0] * (width - number) for number in wanted]
+    shape = (len(blocks) + 1, kv_heads, BLOCK_TOKENS, head_dim)
+    # Whatever is read outside the sequences shows.
+    pool = Pool(mx.full(shape, float("nan"), dtype), mx.full(shape, float("nan"), dtype))
+    mx.eval(pool.keys, pool.values)
+    sinks = some(query_heads) if has_sinks else None
+
+    def write(table: list[int], start: int, stop: int) -> None:
+        keys, values = some(1, kv_heads, stop - start, head_dim), some(1, kv_heads, stop - start, head_dim)
+        attention.write(keys, values, pool, mx.array([table], mx.int32), start)
+
+    def decode(rows: list[tuple[list[int], int]]) -> mx.array:
+        return attention.append_and_attend(
+            some(len(rows), query_heads, 1, head_dim),
+            some(len(rows), kv_heads, 1, head_dim),
+            some(len(rows), kv_heads, 1, head_dim),
+            pool,
+            mx.array([table for table, _ in rows], mx.int32),
+            mx.array([length for _, length in rows], mx.int32),
+            scale=head_dim**-0.5,
+            window=window,
+            sinks=sinks,
+        )
+
+    rows = list(zip(tables, lengths, strict=True))
+    longest = tables[-1]
+    for table, length in rows:
+        middle = length * 2 // 5
+        for start, stop in ((0, middle), (middle, length)):
+            if start < stop:
+                write(table, start, stop)
+    padding = ([0] * width, 0)
+    yield "attention of a batch", decode([*rows, padding])
+    yield "attention of a batch with narrow tables", decode([(table[:4], length + 1) for table, length in rows[:4]])
+    yield "attention of one long row", decode([(longest, 301)])
+    keys, values = attention.gather(pool, mx.array([longest], mx.int32), 302)
+    yield "gathered keys", keys
+    yield "gathered values", values
+    # What the reads above saw is overwritten at once; then the new content is read.
+    write(longest, 260, 310)
+    yield "attention after a chunk", decode([(longest, 310)])
+    source, copy = longest[310 // BLOCK_TOKENS], spare[0]
+    attention.copy_block(pool, source, copy)
+    write(longest, 311, 312)
+    fork = [copy if block == source else block for block in longest]
+    yield "attention of a fork", decode([(longest, 312), (fork, 311)])
+    mx.eval(pool.epoch)  # MLX would not wait for the writes: it takes the arrays for unchanged
+    yield "keys left in the pool", pool.keys[1:]
+    yield "values left in the pool", pool.values[1:]

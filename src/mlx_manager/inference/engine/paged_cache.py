@@ -1,0 +1,345 @@
+"""Keys and values in the blocks of the pool: what a sequence's table says is where they are, in every layer. True paging.
+
+Nothing is copied when a sequence comes, goes or moves to another row, and no row is padded to the length of another. A step writes
+one token of each row where its table says and attends to what is there already, in one kernel; a chunk of a prompt is written there
+and attends to a copy of what comes before it.
+
+The arrays of the pools are made once and written in place. What is queued on a pool happens in the order in which it was queued (see
+`paged_attention`), so a block can be given to somebody else while a step that still uses it is under way.
+"""
+# pyright: basic
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_manager.inference.engine.attention import AttendingCache
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
+from mlx_manager.inference.engine.cache_layout import (
+    Group,
+    KeysValues,
+    Layer,
+    State,
+    UnsupportedCache,
+    device_array,
+    first_in_sight,
+    host_view,
+    layout,
+    prefill_mask,
+)
+from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, is_supported
+from mlx_manager.inference.engine.sequence import Sequence
+
+_NARROWEST_TABLE = 8  # blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Stands for a mask: a row's token sees itself and those before it, with a `window` as many as that together."""
+
+    window: int | None
+
+
+class RowLayer(AttendingCache):
+    """One layer's rows in one decode step."""
+
+    def __init__(self, step: "RowPass", pool: Pool, window: int | None) -> None:
+        self._step = step
+        self._pool = pool
+        self._window = window
+        self._own: KeysValues | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        return self._step.lengths
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        self._own = keys, values
+        return keys, values
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
+        if return_array:
+            raise UnsupportedCache("it computes on masks")
+        return Sight(window_size or self._window)
+
+    def attend(self, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
+        if mask is None:
+            mask = Sight(self._window)
+        if not isinstance(mask, Sight):
+            raise UnsupportedCache("it makes masks of its own")
+        assert self._own is not None
+        step, (keys, values) = self._step, self._own
+        return step.attention.append_and_attend(
+            queries, keys, values, self._pool, step.table, step.lengths, scale=scale, window=mask.window or 0, sinks=sinks
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowPass:
+    """What the layers of one decode step share."""
+
+    attention: PagedAttention
+    table: mx.array
+    lengths: mx.array
+
+
+class ChunkLayer:
+    """One layer of one chunk of a prompt."""
+
+    def __init__(self, chunk: "ChunkPass", pool: Pool, window: int | None) -> None:
+        self._chunk = chunk
+        self._pool = pool
+        self._window = window
+        self.offset = chunk.start
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        chunk, first = self._chunk, first_in_sight(self._chunk.start, self._window)
+        page, table = chunk.table_from(first)
+        chunk.attention.write(keys, values, self._pool, table, chunk.start - page)
+        self.offset += keys.shape[2]
+        if chunk.start == 0:
+            return keys, values
+        keys, values = chunk.attention.gather(self._pool, table, chunk.stop - page)
+        return (keys, values) if first == page else (keys[:, :, first - page :], values[:, :, first - page :])
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any):
+        start = self._chunk.start
+        return prefill_mask(N, start - first_in_sight(start, self._window), window_size or self._window, return_array)
+
+
+class ChunkPass:
+    """What the layers of one chunk share: tokens [start, stop) of the sequence whose blocks these are."""
+
+    def __init__(self, attention: PagedAttention, blocks: list[int], start: int, stop: int) -> None:
+        self.attention = attention
+        self.start = start
+        self.stop = stop
+        self._blocks = blocks[: -(-stop // BLOCK_TOKENS)]
+        self._tables: dict[int, mx.array] = {}
+
+    def table_from(self, token: int) -> tuple[int, mx.array]:
+        """The table that begins with the block of a token, and the first token of that block."""
+        index = token // BLOCK_TOKENS
+        if index not in self._tables:
+            self._tables[index] = mx.array([self._blocks[index:]], dtype=mx.int32)
+        return index * BLOCK_TOKENS, self._tables[index]
+
+
+class Tables:
+    """The block tables of the rows, on the host and, as they are now, on the device. A table only grows while its row is there; what
+    follows its last block is the null block, and so are the rows that only fill up the batch."""
+
+    def __init__(self) -> None:
+        self._rows: list[Sequence] = []
+        self._host = np.zeros((0, 0), np.int32)
+        self._num_filled: list[int] = []
+        self._device: mx.array | None = None
+
+    def set_rows(self, rows: list[Sequence]) -> None:
+        self._rows = rows
+        self._host = np.zeros((padded_rows(len(rows)), 0), np.int32)
+        self._num_filled = [0] * len(rows)
+        self._device = None
+
+    def on_device(self) -> mx.array:
+        widest = max(len(s.table) for s in self._rows)
+        if widest > self._host.shape[1]:
+            wider = np.zeros((len(self._host), padded_width(widest)), np.int32)
+            wider[:, : self._host.shape[1]] = self._host
+            self._host = wider
+        for i, (sequence, num_filled) in enumerate(zip(self._rows, self._num_filled, strict=True)):
+            num_blocks = len(sequence.table)
+            if num_blocks > num_filled:
+                self._host[i, num_filled:num_blocks] = sequence.table[num_filled:]
+                self._num_filled[i] = num_blocks
+                self._device = None
+        if self._device is None:
+            self._device = mx.array(self._host)
+        return self._device
+
+
+@dataclass(slots=True)
+class QueuedPass:
+    """A pass that has been queued: done when `made` is there. `states` are those at its end, where a block ends there."""
+
+    made: list[mx.array]
+    states: list[State] | None = None
+
+    def arrays(self) -> list[mx.array]:
+        return self.made
+
+
+class PagedCache:
+    """The blocks of one model; their numbers are those of the `BlockPool`, the null block's included in `num_blocks`. Owned by the device
+    thread. Raises `UnsupportedCache`."""
+
+    name = "paged"
+    max_rows: int | None = None
+    pads_rows = False
+
+    def __init__(self, model: Any, attention: PagedAttention, num_blocks: int) -> None:
+        self._model = model
+        self._attention = attention
+        self.layers, self.groups, self._states = layout(model)
+        if not self.groups:
+            raise UnsupportedCache("its layers keep nothing but states")
+        self._attending = [layer for layer in self.layers if not layer.keeps_state]
+        for layer in self._attending:
+            _check(layer, self.groups[layer.group])
+        self._pools = [_pool(self.groups[layer.group], num_blocks) for layer in self._attending]
+        mx.eval([(pool.keys, pool.values) for pool in self._pools])
+        self._rows: list[Sequence | None] = []  # None: forgotten since
+        self._tables = Tables()
+
+    @property
+    def needs_states(self) -> bool:
+        return self._states.are_needed
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return sum(g.token_bytes for g in self.groups)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(pool.keys.nbytes + pool.values.nbytes for pool in self._pools) + self._states.block_bytes
+
+    # ---- sequences come and go
+
+    def admit(self, sequence: Sequence) -> None:
+        """Its first `num_computed` tokens are in its blocks."""
+        num_blocks = sequence.num_computed // BLOCK_TOKENS
+        self._states.begin(sequence, sequence.table[num_blocks - 1] if num_blocks else None)
+
+    def fork(self, child: Sequence, parent: Sequence, source: int | None, target: int | None) -> None:
+        """The child begins with what its parent has prefilled; the block that both will write to is copied."""
+        self._states.fork(child, parent)
+        if source is not None:
+            assert target is not None
+            for pool in self._pools:
+                self._attention.copy_block(pool, source, target)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops what a sequence holds, its blocks excepted. If it comes back it has other ones."""
+        self._states.forget(sequence)
+        self._rows = [None if s is sequence else s for s in self._rows]
+
+    def clear(self) -> None:
+        """Nobody is in a row any more. A pass that could not be computed must not be waited for by all that come after it."""
+        self._rows = []
+        self._states.clear()
+        mx.synchronize()
+        for pool in self._pools:
+            pool.epoch = mx.array([0], mx.int32)
+
+    # ---- passes
+
+    def prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
+        """Queues the keys and values of a stretch of its tokens; no logits are computed."""
+        chunk = ChunkPass(self._attention, sequence.table, start, stop)
+        states = self._states.of(sequence)
+        self._run(mx.array([sequence.tokens[start:stop]], dtype=mx.int32), chunk, ChunkLayer, states)
+        made = self._epochs() + _arrays(states)
+        return QueuedPass(made, self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None)
+
+    def arrange(self, wanted: Items[Sequence], awaited: set[Sequence]) -> list[Sequence | None]:
+        """Those who stay, in the order they are in, then those who come."""
+        staying, before = set(wanted), set(self._rows)
+        rows = [s for s in self._rows if s in staying] + [s for s in wanted if s not in before]
+        if rows != self._rows:
+            sequences = [s for s in rows if s is not None]
+            self._states.arrange([*rows, *[None] * (padded_rows(len(rows)) - len(rows))])
+            self._tables.set_rows(sequences)
+            self._rows = list(rows)
+        return list(rows)
+
+    def forward(self, inputs: mx.array) -> tuple[mx.array, QueuedPass]:
+        """Queues one token for each row. `inputs` [B] int32 → logits [B, V]."""
+        num_rows = len(self._rows)
+        num_padding = padded_rows(num_rows) - num_rows
+        lengths = mx.array([0 if s is None else s.num_queued for s in self._rows] + [0] * num_padding, dtype=mx.int32)
+        step = RowPass(self._attention, self._tables.on_device(), lengths)
+        if num_padding:
+            inputs = mx.pad(inputs, (0, num_padding))
+        logits = self._run(inputs[:, None], step, RowLayer, self._states.rows)[:num_rows, -1]
+        return logits, QueuedPass(self._epochs() + _arrays(self._states.rows))
+
+    def settle(self, step: QueuedPass) -> None:
+        """Everything is where it belongs."""
+
+    # ---- blocks
+
+    def save(self, sequence: Sequence, index: int, block: int, chunk: QueuedPass | None) -> None:
+        """Its keys and values are where others find them; a state is only there at the end of a chunk."""
+        if chunk is not None and chunk.states is not None:
+            self._states.save(block, chunk.states)
+
+    def drop(self, block: int) -> None:
+        """Nobody can find this block any more."""
+        self._states.drop(block)
+
+    def export(self, block: int) -> dict[str, np.ndarray]:
+        """A block's content for a file, as it is after all that is queued; bfloat16 as its bits."""
+        table = mx.array([[block]], dtype=mx.int32)
+        of_group: list[list[KeysValues]] = [[] for _ in self.groups]
+        for layer, pool in zip(self._attending, self._pools, strict=True):
+            of_group[layer.group].append(self._attention.gather(pool, table, BLOCK_TOKENS))
+        stacks = {
+            f"{name}.{g}": mx.concatenate([kv[i] for kv in layers])
+            for g, layers in enumerate(of_group)
+            for i, name in enumerate(("keys", "values"))
+        }
+        mx.eval(stacks)
+        return {name: host_view(stack).copy() for name, stack in stacks.items()} | self._states.export(block)
+
+    def load(self, block: int, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Puts back what `export` gave; whether a sequence can go on from the block's end. Raises `KeyError` and `ValueError`."""
+        found = [group.checked(g, arrays) for g, group in enumerate(self.groups)]
+        stacks = [tuple(device_array(a, group.dtype) for a in kv) for group, kv in zip(self.groups, found, strict=True)]
+        table = mx.array([[block]], dtype=mx.int32)
+        for layer, pool in zip(self._attending, self._pools, strict=True):
+            keys, values = (a[layer.place : layer.place + 1] for a in stacks[layer.group])
+            self._attention.write(keys, values, pool, table, 0)
+        mx.async_eval(self._epochs())
+        return self._states.load(block, arrays)
+
+    # ---- inside
+
+    def _run(self, inputs: mx.array, shared: Any, kind: Any, states: Items[Any]) -> mx.array:
+        attending = (kind(shared, pool, layer.window) for layer, pool in zip(self._attending, self._pools, strict=True))
+        state = iter(states)
+        return self._model(inputs, cache=[next(state) if layer.keeps_state else next(attending) for layer in self.layers])
+
+    def _epochs(self) -> list[mx.array]:
+        return [pool.epoch for pool in self._pools]
+
+
+def padded_rows(num_rows: int) -> int:
+    """A batch has one of a few sizes."""
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
+
+
+def padded_width(num_blocks: int) -> int:
+    return max(_NARROWEST_TABLE, 1 << (num_blocks - 1).bit_length())
+
+
+def _check(layer: Layer, group: Group) -> None:
+    if layer.num_query_heads is None:
+        raise UnsupportedCache("it computes on keys and values itself")
+    if group.key_dim != group.value_dim or not is_supported(group.dtype, group.key_dim, layer.num_query_heads, group.num_heads):
+        raise UnsupportedCache(
+            f"no kernel has {layer.num_query_heads} queries on {group.num_heads} keys of {group.key_dim} and values of {group.value_dim}"
+        )
+
+
+def _pool(group: Group, num_blocks: int) -> Pool:
+    shape = (num_blocks, group.num_heads, BLOCK_TOKENS, group.key_dim)
+    return Pool(mx.zeros(shape, group.dtype), mx.zeros(shape, group.dtype))
+
+
+def _arrays(states: Items[Any]) -> list[mx.array]:
+    return [a for cache in states for a in cache.cache if a is not None]

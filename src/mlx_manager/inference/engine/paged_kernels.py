@@ -1,0 +1,387 @@
+"""The kernels of paged attention: one text, which is CUDA or Metal after a short prelude. No arrays.
+
+MLX writes the signature around a `source`: the inputs as pointers to const, `<name>_shape` of those whose shape the source names,
+the outputs, and the template arguments as constants. It looks for Metal's thread attributes in `source` alone, never in `header`;
+so the indices are read in the first lines of the source, and everything else that differs is in the header.
+
+Metal puts an input of fewer than eight elements in another address space: only arrays that are never that small (keys, values,
+queries, the pool) may be pointed into, all others are indexed by name.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Backend = Literal["cuda", "metal"]
+
+_CUDA_HEADER = r"""
+#define KDEVICE
+#define KSHARED __shared__
+#define KBARRIER() __syncthreads()
+#define KSHUFFLE_XOR(value, mask) __shfl_xor_sync(0xffffffffu, (value), (mask))
+#define KEXP(x) __expf(x)
+template <typename T>
+__device__ __forceinline__ void kload8(const T* from, float* to) {
+  if constexpr (sizeof(T) == 2) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    const T* elements = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(elements[i]);
+  } else {
+    const float4 a = *reinterpret_cast<const float4*>(from);
+    const float4 b = *reinterpret_cast<const float4*>(from + 4);
+    to[0] = a.x; to[1] = a.y; to[2] = a.z; to[3] = a.w;
+    to[4] = b.x; to[5] = b.y; to[6] = b.z; to[7] = b.w;
+  }
+}
+template <typename T>
+__device__ __forceinline__ void kcopy8(const T* from, T* to) {
+#pragma unroll
+  for (int i = 0; i < (int)sizeof(T) / 2; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+}
+"""
+
+_CUDA_INDICES = r"""
+  const int thread_x = (int)threadIdx.x, lane = thread_x % 32, warp = thread_x / 32;
+  const int index_x = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+  const int group_x = (int)blockIdx.x, group_y = (int)blockIdx.y, group_z = (int)blockIdx.z, num_groups_z = (int)gridDim.z;
+"""
+
+_METAL_HEADER = r"""
+#define KDEVICE device
+#define KSHARED threadgroup
+#define KBARRIER() metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
+#define KSHUFFLE_XOR(value, mask) metal::simd_shuffle_xor((value), (ushort)(mask))
+#define KEXP(x) metal::fast::exp(x)
+template <typename T>
+inline void kload8(const device T* from, thread float* to) {
+  for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(from[i]);
+}
+template <typename T>
+inline void kcopy8(const device T* from, device T* to) {
+  for (int i = 0; i < 8; ++i) to[i] = from[i];
+}
+"""
+
+_METAL_INDICES = r"""
+  const int thread_x = (int)thread_position_in_threadgroup.x;
+  const int lane = (int)thread_index_in_simdgroup, warp = (int)simdgroup_index_in_threadgroup;
+  const int index_x = (int)thread_position_in_grid.x;
+  const int group_x = (int)threadgroup_position_in_grid.x, group_y = (int)threadgroup_position_in_grid.y;
+  const int group_z = (int)threadgroup_position_in_grid.z, num_groups_z = (int)threadgroups_per_grid.z;
+"""
+
+# A step of the layer's epoch. Unsigned, because a counter that never stops must be allowed to wrap.
+_NEXT_EPOCH = "next_epoch[0] = (int)((unsigned)epoch[0] + 1u);"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelText:
+    """A kernel before it is CUDA or Metal. `body` may use the indices of the preludes, the inputs, the outputs and the template
+    arguments that the caller passes."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    body: str
+
+    def definition(self, backend: Backend) -> dict[str, Any]:
+        """The arguments of `mx.fast.cuda_kernel` and of `mx.fast.metal_kernel`.
+
+        The name ends with a digest of the text: compiled kernels are kept by name, on CUDA also on disk, and MLX has run an old
+        text under a new one's name.
+        """
+        header, indices = (_CUDA_HEADER, _CUDA_INDICES) if backend == "cuda" else (_METAL_HEADER, _METAL_INDICES)
+        source = indices + self.body
+        digest = hashlib.blake2b((header + source).encode(), digest_size=8).hexdigest()
+        return {
+            "name": f"{self.name}_{digest}",
+            "input_names": list(self.inputs),
+            "output_names": list(self.outputs),
+            "source": source,
+            "header": header,
+        }
+
+
+# Grid: (32 * WARPS, HEADS * GQA / GROUP, rows * splits) in groups of (32 * WARPS, 1, 1).
+#
+# A group takes GROUP query heads of one key/value head, which share every load, through one split of a row's pages. Its warps take
+# turns at the pages; in a warp, D / 16 lanes share a token, each with two runs of 8 of its elements. Every lane group keeps a
+# softmax of its own (running maximum, weight and weighted sum of values); they are merged in the warp, then in the group, then,
+# with several splits, by the reduce kernel.
+#
+# Slots outside the sequence are loaded and thrown away, never multiplied by zero: what is left in them may be NaN. The new token
+# is attended to from registers, so nobody reads the slot that is written here. -1e30 stands for "nothing yet": subtracting it from
+# itself is 0, where infinities would give NaN.
+#
+# Template: T (keys, values, queries), OUT (of `out`), SINK (of `sinks`), D, HEADS, GQA, GROUP, WARPS, PAGE, WINDOW, SINKS, DIRECT.
+APPEND_AND_ATTEND = KernelText(
+    name="paged_append_and_attend",
+    inputs=("queries", "keys", "values", "pool_keys", "pool_values", "table", "lengths", "scale", "sinks", "epoch"),
+    outputs=("out", "statistics", "next_epoch"),
+    body=r"""
+  constexpr int LANES = D / 16;       // share a token
+  constexpr int TOKENS = 32 / LANES;  // seen by a warp at once
+  constexpr int ROUNDS = PAGE / TOKENS;
+  constexpr int SETS = GQA / GROUP;
+  const int part = lane % LANES, lane_group = lane / LANES;
+  const int head = group_y / SETS, set = group_y % SETS;
+  const int splits = num_groups_z / lengths_shape[0];
+  const int row = group_z / splits, split = group_z % splits;
+  const int width = table_shape[1];
+  const int length = lengths[row];  // tokens in the pool; the new one comes after them
+  const int first = (WINDOW > 0 && length + 1 > WINDOW) ? length + 1 - WINDOW : 0;
+  const int first_page = first / PAGE;
+  const int num_pages = (length + PAGE - 1) / PAGE - first_page;
+  const int begin = first_page + num_pages * split / splits, end = first_page + num_pages * (split + 1) / splits;
+  const int query_head = head * GQA + set * GROUP;
+  const bool has_new_token = split == splits - 1 && warp == 0;
+
+  float query[GROUP][16], sum[GROUP][16], maximum[GROUP], weight[GROUP];
+#pragma unroll
+  for (int g = 0; g < GROUP; ++g) {
+    const KDEVICE T* from = queries + ((long)row * (HEADS * GQA) + query_head + g) * D;
+    kload8<T>(from + part * 8, &query[g][0]);
+    kload8<T>(from + (LANES + part) * 8, &query[g][8]);
+#pragma unroll
+    for (int e = 0; e < 16; ++e) {
+      query[g][e] *= scale[0];
+      sum[g][e] = 0.f;
+    }
+    maximum[g] = -1e30f;
+    weight[g] = 0.f;
+    if (SINKS && has_new_token && lane_group == 0) {  // a sink is a score without a value; it must count once
+      maximum[g] = static_cast<float>(sinks[query_head + g]);
+      weight[g] = 1.f;
+    }
+  }
+
+  for (int page = begin + warp; page < end; page += WARPS) {
+    const long base = ((long)table[row * width + page] * HEADS + head) * (PAGE * D);
+    const KDEVICE T* page_keys = pool_keys + base;
+    const KDEVICE T* page_values = pool_values + base;
+    float score[GROUP][ROUNDS];
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int slot = r * TOKENS + lane_group;
+      const int position = page * PAGE + slot;
+      const bool is_seen = position < length && position >= first;
+      float key[16];
+      kload8<T>(page_keys + slot * D + part * 8, &key[0]);
+      kload8<T>(page_keys + slot * D + (LANES + part) * 8, &key[8]);
+#pragma unroll
+      for (int g = 0; g < GROUP; ++g) {
+        float dot = 0.f;
+#pragma unroll
+        for (int e = 0; e < 16; ++e) dot += query[g][e] * key[e];
+#pragma unroll
+        for (int o = 1; o < LANES; o *= 2) dot += KSHUFFLE_XOR(dot, o);
+        score[g][r] = is_seen ? dot : -3e38f;
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+      float highest = maximum[g];
+#pragma unroll
+      for (int r = 0; r < ROUNDS; ++r) highest = score[g][r] > highest ? score[g][r] : highest;
+      const float shrink = KEXP(maximum[g] - highest);
+      float added = 0.f;
+#pragma unroll
+      for (int r = 0; r < ROUNDS; ++r) {
+        score[g][r] = KEXP(score[g][r] - highest);
+        added += score[g][r];
+      }
+      weight[g] = weight[g] * shrink + added;
+      maximum[g] = highest;
+#pragma unroll
+      for (int e = 0; e < 16; ++e) sum[g][e] *= shrink;
+    }
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int slot = r * TOKENS + lane_group;
+      const int position = page * PAGE + slot;
+      const bool is_seen = position < length && position >= first;
+      float value[16];
+      kload8<T>(page_values + slot * D + part * 8, &value[0]);
+      kload8<T>(page_values + slot * D + (LANES + part) * 8, &value[8]);
+#pragma unroll
+      for (int g = 0; g < GROUP; ++g)
+#pragma unroll
+        for (int e = 0; e < 16; ++e) sum[g][e] += is_seen ? score[g][r] * value[e] : 0.f;
+    }
+  }
+
+  if (has_new_token) {
+    const long from = ((long)row * HEADS + head) * D;
+    float key[16], value[16];
+    kload8<T>(keys + from + part * 8, &key[0]);
+    kload8<T>(keys + from + (LANES + part) * 8, &key[8]);
+    kload8<T>(values + from + part * 8, &value[0]);
+    kload8<T>(values + from + (LANES + part) * 8, &value[8]);
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+      float dot = 0.f;
+#pragma unroll
+      for (int e = 0; e < 16; ++e) dot += query[g][e] * key[e];
+#pragma unroll
+      for (int o = 1; o < LANES; o *= 2) dot += KSHUFFLE_XOR(dot, o);
+      if (lane_group == 0) {
+        const float highest = dot > maximum[g] ? dot : maximum[g];
+        const float shrink = KEXP(maximum[g] - highest), own = KEXP(dot - highest);
+        weight[g] = weight[g] * shrink + own;
+        maximum[g] = highest;
+#pragma unroll
+        for (int e = 0; e < 16; ++e) sum[g][e] = sum[g][e] * shrink + own * value[e];
+      }
+    }
+    if (set == 0 && lane_group == 0) {  // the one group of this row and head that writes
+      const long to = (((long)table[row * width + length / PAGE] * HEADS + head) * PAGE + length % PAGE) * D;
+      KDEVICE T* to_keys = (KDEVICE T*)pool_keys + to;
+      KDEVICE T* to_values = (KDEVICE T*)pool_values + to;
+      kcopy8<T>(keys + from + part * 8, to_keys + part * 8);
+      kcopy8<T>(keys + from + (LANES + part) * 8, to_keys + (LANES + part) * 8);
+      kcopy8<T>(values + from + part * 8, to_values + part * 8);
+      kcopy8<T>(values + from + (LANES + part) * 8, to_values + (LANES + part) * 8);
+    }
+  }
+
+#pragma unroll
+  for (int g = 0; g < GROUP; ++g) {
+#pragma unroll
+    for (int o = LANES; o < 32; o *= 2) {
+      const float other_maximum = KSHUFFLE_XOR(maximum[g], o), other_weight = KSHUFFLE_XOR(weight[g], o);
+      const float highest = other_maximum > maximum[g] ? other_maximum : maximum[g];
+      const float shrink = KEXP(maximum[g] - highest), other_shrink = KEXP(other_maximum - highest);
+      weight[g] = weight[g] * shrink + other_weight * other_shrink;
+#pragma unroll
+      for (int e = 0; e < 16; ++e) {
+        const float other_sum = KSHUFFLE_XOR(sum[g][e], o);
+        sum[g][e] = sum[g][e] * shrink + other_sum * other_shrink;
+      }
+      maximum[g] = highest;
+    }
+  }
+
+  KSHARED float warp_sum[WARPS * GROUP * D];
+  KSHARED float warp_maximum[WARPS * GROUP];
+  KSHARED float warp_weight[WARPS * GROUP];
+  if (lane_group == 0) {
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+      const int at = warp * GROUP + g;
+      if (part == 0) {
+        warp_maximum[at] = maximum[g];
+        warp_weight[at] = weight[g];
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        warp_sum[at * D + part * 8 + e] = sum[g][e];
+        warp_sum[at * D + (LANES + part) * 8 + e] = sum[g][8 + e];
+      }
+    }
+  }
+  KBARRIER();
+  for (int x = thread_x; x < GROUP * D; x += WARPS * 32) {
+    const int g = x / D, d = x % D;
+    float highest = -1e30f;
+    for (int w = 0; w < WARPS; ++w) highest = warp_maximum[w * GROUP + g] > highest ? warp_maximum[w * GROUP + g] : highest;
+    float total_weight = 0.f, total = 0.f;
+    for (int w = 0; w < WARPS; ++w) {
+      const float shrink = KEXP(warp_maximum[w * GROUP + g] - highest);
+      total_weight += warp_weight[w * GROUP + g] * shrink;
+      total += warp_sum[(w * GROUP + g) * D + d] * shrink;
+    }
+    const long at = (long)row * (HEADS * GQA) + query_head + g;
+    if (DIRECT) {
+      out[at * D + d] = static_cast<OUT>(total / total_weight);
+    } else {
+      out[(at * splits + split) * D + d] = static_cast<OUT>(total);
+      if (d == 0) {
+        statistics[(at * splits + split) * 2] = highest;
+        statistics[(at * splits + split) * 2 + 1] = total_weight;
+      }
+    }
+  }
+  if (thread_x == 0 && group_y == 0 && group_z == 0) """
+    + _NEXT_EPOCH
+    + "\n",
+)
+
+# Grid: (rows * query heads * D, 1, 1) in groups of (D, 1, 1). Template: T, D.
+REDUCE = KernelText(
+    name="paged_reduce",
+    inputs=("partial", "statistics"),
+    outputs=("out",),
+    body=r"""
+  const int splits = partial_shape[2];
+  const long row = (long)group_x * splits;
+  float highest = -1e30f;
+  for (int s = 0; s < splits; ++s) highest = statistics[(row + s) * 2] > highest ? statistics[(row + s) * 2] : highest;
+  float weight = 0.f, sum = 0.f;
+  for (int s = 0; s < splits; ++s) {
+    const float shrink = KEXP(statistics[(row + s) * 2] - highest);
+    weight += statistics[(row + s) * 2 + 1] * shrink;
+    sum += partial[(row + s) * D + thread_x] * shrink;
+  }
+  out[(long)group_x * D + thread_x] = static_cast<T>(sum / weight);
+""",
+)
+
+# The kernels below move runs of 8 elements, one a thread. CUDA rounds a grid up to whole groups, so each thread checks its place.
+# Grid: (tokens * D / 8, HEADS, 1). Template: T, D, HEADS, PAGE.
+WRITE = KernelText(
+    name="paged_write",
+    inputs=("keys", "values", "pool_keys", "pool_values", "table", "start", "epoch"),
+    outputs=("next_epoch",),
+    body=r"""
+  constexpr int RUNS = D / 8;
+  const int num_tokens = keys_shape[2];
+  const int token = index_x / RUNS, run = index_x % RUNS;
+  if (token < num_tokens) {
+    const int position = start[0] + token;
+    const long from = ((long)group_y * num_tokens + token) * D + run * 8;
+    const long to = (((long)table[position / PAGE] * HEADS + group_y) * PAGE + position % PAGE) * D + run * 8;
+    kcopy8<T>(keys + from, (KDEVICE T*)pool_keys + to);
+    kcopy8<T>(values + from, (KDEVICE T*)pool_values + to);
+  }
+  if (index_x == 0 && group_y == 0) """
+    + _NEXT_EPOCH
+    + "\n",
+)
+
+# Grid: (tokens * D / 8, HEADS, 1). Template: T, D, HEADS, PAGE.
+GATHER = KernelText(
+    name="paged_gather",
+    inputs=("pool_keys", "pool_values", "table", "length", "epoch"),
+    outputs=("keys", "values", "next_epoch"),
+    body=r"""
+  constexpr int RUNS = D / 8;
+  const int num_tokens = length[0];
+  const int token = index_x / RUNS, run = index_x % RUNS;
+  if (token < num_tokens) {
+    const long from = (((long)table[token / PAGE] * HEADS + group_y) * PAGE + token % PAGE) * D + run * 8;
+    const long to = ((long)group_y * num_tokens + token) * D + run * 8;
+    kcopy8<T>(pool_keys + from, keys + to);
+    kcopy8<T>(pool_values + from, values + to);
+  }
+  if (index_x == 0 && group_y == 0) """
+    + _NEXT_EPOCH
+    + "\n",
+)
+
+# Grid: (HEADS * PAGE * D / 8, 1, 1). Template: T, D, HEADS, PAGE.
+COPY_BLOCK = KernelText(
+    name="paged_copy_block",
+    inputs=("pool_keys", "pool_values", "blocks", "epoch"),
+    outputs=("next_epoch",),
+    body=r"""
+  constexpr int SIZE = HEADS * PAGE * D;
+  if (index_x < SIZE / 8) {
+    const long from = (long)blocks[0] * SIZE + index_x * 8, to = (long)blocks[1] * SIZE + index_x * 8;
+    kcopy8<T>(pool_keys + from, (KDEVICE T*)pool_keys + to);
+    kcopy8<T>(pool_values + from, (KDEVICE T*)pool_values + to);
+  }
+  if (index_x == 0) """
+    + _NEXT_EPOCH
+    + "\n",
+)

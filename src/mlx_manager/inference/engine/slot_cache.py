@@ -1,0 +1,510 @@
+"""Keys and values in rows: one buffer a layer, a row for each sequence that decodes. Where no kernel reads blocks (CPU, odd shapes).
+
+A sequence is prefilled with keys and values of its own (`PrefillCache`) and gets a row when it begins to decode. The buffers are
+never rebound by a graph, or the device would copy them whole while a step is under way. So a step attends to two things: what the
+buffer holds of each row, which is all that was read back before, and the keys and values that this step, and the one before if it
+is not read yet, have made themselves. These are written into the buffer in place, by the host, once their step has been read.
+Nothing is copied but new tokens, and no step reads what is being written: it masks by length.
+
+Blocks that can be shared are copies beside the rows, written when they are published and laid before a newcomer when it is admitted.
+"""
+# pyright: basic
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_manager.inference.engine.attention import AttendingCache
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
+from mlx_manager.inference.engine.cache_layout import (
+    Group,
+    HostKeysValues,
+    KeysValues,
+    Layer,
+    State,
+    device_array,
+    first_in_sight,
+    host_view,
+    layout,
+    prefill_mask,
+)
+from mlx_manager.inference.engine.sequence import Sequence
+
+T = TypeVar("T")
+
+_SMALLEST_ROW = 256  # tokens
+
+
+class PrefillCache:
+    """One layer's keys and values of one sequence while it is prefilled: `parts` in their order, each [1, H, ., D]."""
+
+    def __init__(self, window: int | None, parts: Items[KeysValues] = ()) -> None:
+        self.window = window
+        self.parts = list(parts)
+        self.offset = sum(keys.shape[2] for keys, _ in parts)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        start = first_in_sight(self.offset, self.window)
+        self.parts.append((keys, values))
+        self.offset += keys.shape[2]
+        if len(self.parts) == 1:
+            return keys, values
+        keys, values = (mx.concatenate(list(part), axis=2) for part in zip(*self.parts, strict=True))
+        return (keys, values) if start == 0 else (keys[:, :, start:], values[:, :, start:])
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any):
+        past = self.offset - first_in_sight(self.offset, self.window)
+        return prefill_mask(N, past, window_size or self.window, return_array)
+
+
+class GatheringCache:
+    """One layer's rows in one decode step, for a model that computes on keys and values itself: they are copied together."""
+
+    def __init__(self, step: "DecodeStep", layer: Layer) -> None:
+        self._step = step
+        self._layer = layer
+
+    @property
+    def offset(self) -> mx.array:
+        return self._step.positions
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        self._step.made[self._layer.group].append((keys, values))  # layers come in their order
+        parts = [*self._step.before(self._layer), (keys, values)]
+        return _joined([k for k, _ in parts]), _joined([v for _, v in parts])
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
+        return self._step.mask(window_size or self._layer.window)
+
+
+class SplitCache(AttendingCache):
+    """One layer's rows in one decode step: attends to the buffer where it is and to the newest tokens beside it."""
+
+    def __init__(self, step: "DecodeStep", layer: Layer) -> None:
+        self._step = step
+        self._layer = layer
+        self._own: KeysValues | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        return self._step.positions
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        self._own = keys, values
+        self._step.made[self._layer.group].append((keys, values))  # layers come in their order
+        return keys, values
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
+        return self._step.bias(window_size or self._layer.window)
+
+    def attend(self, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
+        assert self._own is not None
+        (old_keys, old_values), *unread = self._step.before(self._layer)
+        recent = [*unread, self._own]
+        new_keys, new_values = _joined([k for k, _ in recent]), _joined([v for _, v in recent])
+        (num_rows, num_queries, _, _), num_heads = queries.shape, new_keys.shape[1]
+        # The queries of the heads that share keys stand where a longer query would have its positions.
+        queries = (queries * scale).reshape(num_rows, num_heads, num_queries // num_heads, -1)
+        scores = mx.concatenate([queries @ old_keys.swapaxes(-1, -2), queries @ new_keys.swapaxes(-1, -2)], axis=-1)
+        scores = scores + (self._step.bias(self._layer.window) if mask is None else mask).astype(scores.dtype)
+        if sinks is not None:
+            column = mx.broadcast_to(sinks.reshape(1, num_heads, -1, 1), (*scores.shape[:-1], 1)).astype(scores.dtype)
+            scores = mx.concatenate([scores, column], axis=-1)
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        old, end = old_keys.shape[2], old_keys.shape[2] + len(recent)
+        return (weights[..., :old] @ old_values + weights[..., old:end] @ new_values).reshape(num_rows, num_queries, 1, -1)
+
+
+class DecodeStep:
+    """What the layers of one decode step share. `made[group][place]` fills with the keys and values [B, H, 1, D] of this step."""
+
+    def __init__(self, buffers: list["Buffer"], positions: np.ndarray, written: np.ndarray, unread: "Unread | None") -> None:
+        self.positions = mx.array(positions)
+        self._num_written = max(1, -(-int(written.max()) // BLOCK_TOKENS)) * BLOCK_TOKENS
+        self.made: list[list[KeysValues]] = [[] for _ in buffers]
+        self._buffers = buffers
+        self._num_rows = len(positions)
+        self._written = mx.array(written)[:, None]
+        self._unread = unread
+        self._masks: dict[int | None, mx.array] = {}
+        self._biases: dict[int | None, mx.array] = {}
+
+    def before(self, layer: Layer) -> list[KeysValues]:
+        """What was there before this step: the rows of the buffer, then the token of the step that is not read yet."""
+        rows = self._buffers[layer.group].part(layer.place, self._num_rows, self._num_written)
+        return [rows] if self._unread is None else [rows, self._unread.of(layer)]
+
+    def mask(self, window: int | None) -> mx.array:
+        """Boolean [B, 1, 1, written + recent]: what each row may look at."""
+        if window not in self._masks:
+            at = mx.arange(self._num_written)
+            seen = at < self._written
+            if window is not None:
+                seen = seen & (at > (self.positions - window)[:, None])
+            parts = [seen]
+            if self._unread is not None:
+                parts.append(self._unread.valid if window is None or window > 1 else mx.zeros_like(self._unread.valid))
+            parts.append(mx.ones((self._num_rows, 1), dtype=mx.bool_))
+            self._masks[window] = mx.concatenate(parts, axis=1)[:, None, None]
+        return self._masks[window]
+
+    def bias(self, window: int | None) -> mx.array:
+        """The same to be added to scores: 0 or minus infinity."""
+        if window not in self._biases:
+            self._biases[window] = mx.where(self.mask(window), mx.array(0.0), mx.array(-mx.inf))
+        return self._biases[window]
+
+
+@dataclass(slots=True)
+class Unread:
+    """Keys and values of a step that is queued, [layers, B, H, 1, D] for each group. `valid` [B, 1]: whether the row has one."""
+
+    stacks: list[KeysValues]
+    valid: mx.array
+
+    def of(self, layer: Layer) -> KeysValues:
+        keys, values = self.stacks[layer.group]
+        return keys[layer.place : layer.place + 1].squeeze(0), values[layer.place : layer.place + 1].squeeze(0)
+
+
+class Buffer:
+    """The rows of one group: for each layer, keys [rows, H, tokens, Dk] and values [rows, H, tokens, Dv]. The host sees the same
+    memory as [layers, rows, H, tokens, D]."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._num_rows = self._num_tokens = 0
+        self._layers: list[KeysValues] = []
+        self._host: HostKeysValues | None = None
+        self._high: list[int] = []  # up to where each row may hold something
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self._host is None else sum(a.nbytes for a in self._host)
+
+    def reserve(self, num_rows: int, num_tokens: int) -> None:
+        """Makes room; what is there stays. A step that is under way keeps the memory that it was queued with."""
+        if num_rows <= self._num_rows and num_tokens <= self._num_tokens:
+            return
+        g, old = self._group, self._host
+        if num_tokens > self._num_tokens:
+            self._num_tokens = max(_SMALLEST_ROW, -(-num_tokens * 3 // 2 // _SMALLEST_ROW) * _SMALLEST_ROW)
+        if num_rows > self._num_rows:
+            self._num_rows = max(num_rows, min(2 * self._num_rows, num_rows + 8))
+        shape = (g.num_layers, self._num_rows, g.num_heads, self._num_tokens)
+        both = [mx.zeros((*shape, d), g.dtype) for d in (g.key_dim, g.value_dim)]
+        layers = [_pair(a[i : i + 1].squeeze(0) for a in both) for i in range(g.num_layers)]  # views: slices copy nothing
+        mx.eval(both, layers)
+        self._layers, self._host = layers, _pair(host_view(a) for a in both)
+        if old is not None:
+            for mine, theirs in zip(self._host, old, strict=True):
+                mine[:, : theirs.shape[1], :, : theirs.shape[3]] = theirs
+        self._high += [0] * (self._num_rows - len(self._high))
+
+    def _arrays(self) -> HostKeysValues:
+        assert self._host is not None, "nothing is reserved"
+        return self._host
+
+    def part(self, place: int, num_rows: int, num_tokens: int) -> KeysValues:
+        """What a layer's first rows hold; a view."""
+        keys, values = self._layers[place]
+        return keys[:num_rows, :, :num_tokens], values[:num_rows, :, :num_tokens]
+
+    def fill(self, row: int, place: int, parts: Items[KeysValues]) -> None:
+        """Puts a layer's parts, each [1, H, ., D], at the beginning of a row."""
+        for i, host in enumerate(self._arrays()):
+            at = 0
+            for part in parts:
+                length = part[i].shape[2]
+                host[place, row, :, at : at + length] = host_view(part[i])[0]
+                at += length
+
+    def finish(self, row: int, length: int) -> None:
+        """From `length` on the row is empty. What was there could be infinite, and nothing times that is not nothing."""
+        if self._high[row] > length:
+            for host in self._arrays():
+                host[:, row, :, length : self._high[row]] = 0
+        self._high[row] = length
+
+    def move(self, source: int, row: int, length: int) -> None:
+        for host in self._arrays():
+            host[:, row, :, :length] = host[:, source, :, :length]
+        self.finish(row, length)
+
+    def write(self, rows: np.ndarray, positions: np.ndarray, made: HostKeysValues) -> None:
+        """`made` [layers, B, H, D]: a token for each of B rows, each at its position."""
+        for host, new in zip(self._arrays(), made, strict=True):
+            host[:, rows, :, positions] = new.swapaxes(0, 1)
+        for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
+            self._high[row] = max(self._high[row], position + 1)
+
+    def read(self, row: int, start: int, stop: int) -> HostKeysValues:
+        """A copy of a stretch of a row, [layers, H, stop - start, D]."""
+        return _pair(host[:, row, :, start:stop].copy() for host in self._arrays())
+
+
+@dataclass(slots=True)
+class QueuedChunk:
+    """Keys and values of a stretch of a prompt that are being computed. `states` are those at its end, where a block ends there."""
+
+    made: list[mx.array]
+    states: list[State] | None = None
+
+    def arrays(self) -> list[mx.array]:
+        return self.made
+
+
+@dataclass(slots=True)
+class QueuedStep:
+    """A decode step that is being computed: `rows` (None: nobody wants what comes of it), each at its position, and what it made."""
+
+    rows: list[Sequence | None]
+    positions: np.ndarray
+    stacks: list[KeysValues]
+
+    def arrays(self) -> list[mx.array]:
+        return [a for stack in self.stacks for a in stack]
+
+
+class SlotCache:
+    """All rows of one model. Owned by the device thread.
+
+    `gathers`: for models that compute on keys and values themselves, attention is left to them, and the rows are copied together for it.
+    Raises `UnsupportedCache`.
+    """
+
+    max_rows: int | None = None
+    pads_rows = True
+
+    def __init__(self, model: Any, *, gathers: bool = False) -> None:
+        self._model = model
+        self._gathers = gathers
+        self.layers, self.groups, self._states = layout(model)
+        self._attending = [layer for layer in self.layers if not layer.keeps_state]
+        self._rows: list[Sequence | None] = []
+        self._row_of: dict[Sequence, int] = {}
+        self._buffers = [Buffer(group) for group in self.groups]
+        self._prefilling: dict[Sequence, list[PrefillCache]] = {}  # one for each layer that attends, until there is a row
+        self._blocks: dict[int, list[HostKeysValues]] = {}  # keys and values [layers, H, 32, D] of each group
+        self._last: QueuedStep | None = None
+
+    @property
+    def name(self) -> str:
+        return "slots, gathered" if self._gathers else "slots"
+
+    @property
+    def needs_states(self) -> bool:
+        return self._states.are_needed
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return sum(g.token_bytes for g in self.groups)
+
+    @property
+    def allocated_bytes(self) -> int:
+        rows = sum(b.num_bytes for b in self._buffers)
+        blocks = sum(a.nbytes for groups in self._blocks.values() for kv in groups for a in kv)
+        return rows + blocks + self._states.block_bytes
+
+    # ---- sequences come and go
+
+    def admit(self, sequence: Sequence) -> None:
+        """Its first `num_computed` tokens are in its blocks."""
+        num_blocks = sequence.num_computed // BLOCK_TOKENS
+        groups = [self._joined_blocks(g, sequence.table[:num_blocks]) for g in range(len(self.groups))] if num_blocks else []
+        caches: list[PrefillCache] = []
+        for layer in self._attending:
+            part = _pair(a[layer.place : layer.place + 1] for a in groups[layer.group]) if num_blocks else None
+            caches.append(PrefillCache(layer.window, [] if part is None else [part]))
+        self._prefilling[sequence] = caches
+        self._states.begin(sequence, sequence.table[num_blocks - 1] if num_blocks else None)
+
+    def fork(self, child: Sequence, parent: Sequence, source: int | None, target: int | None) -> None:
+        """The child begins with what its parent has prefilled. Arrays are shared; blocks are copies anyway."""
+        self._prefilling[child] = [PrefillCache(cache.window, cache.parts) for cache in self._prefilling[parent]]
+        self._states.fork(child, parent)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops what a sequence holds, its blocks excepted."""
+        self._prefilling.pop(sequence, None)
+        self._states.forget(sequence)
+        self._row_of.pop(sequence, None)
+
+    def clear(self) -> None:
+        """Nobody is in a row any more."""
+        self._rows = []
+        self._row_of = {}
+        self._states.clear()
+        self._last = None
+
+    # ---- passes
+
+    def prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedChunk:
+        """Queues the keys and values of a stretch of its tokens; no logits are computed."""
+        caches, states = self._prefilling[sequence], self._states.of(sequence)
+        self._run(mx.array([sequence.tokens[start:stop]], dtype=mx.int32), caches, states)
+        made = [a for cache in caches for a in cache.parts[-1]] + [a for cache in states for a in cache.cache if a is not None]
+        return QueuedChunk(made, self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None)
+
+    def arrange(self, wanted: Items[Sequence], awaited: set[Sequence]) -> list[Sequence | None]:
+        """Gives each of `wanted` a row; who stays keeps theirs if possible. `awaited` are those of whom the step under way computes
+        something: their rows must not be written to. None is a row that nobody is in, in the midst of others."""
+        old = [s if s in self._row_of else None for s in self._rows]
+        under_way = () if self._last is None else self._last.rows
+        rows = arranged(old, wanted, {i for i, s in enumerate(under_way) if s in awaited})
+        if rows == self._rows:
+            return rows
+        self._states.arrange(rows)
+        longest = max((s.num_queued for s in wanted), default=0) + 1
+        for buffer in self._buffers:
+            buffer.reserve(len(rows), longest)
+        for row, sequence in enumerate(rows):
+            if sequence is None:
+                continue
+            was = self._row_of.get(sequence)
+            if was is None:
+                self._move_in(sequence, row)
+            elif was != row:
+                for buffer in self._buffers:
+                    buffer.move(was, row, sequence.num_computed)
+                self._row_of[sequence] = row
+        self._rows = rows
+        return rows
+
+    def forward(self, inputs: mx.array) -> tuple[mx.array, QueuedStep]:
+        """Queues one token for each row. `inputs` [B] int32 → logits [B, V]."""
+        rows = self._rows
+        positions = np.array([s.num_queued if s is not None else 0 for s in rows], np.int32)
+        written = np.array([s.num_computed if s is not None else 0 for s in rows], np.int32)
+        for buffer in self._buffers:
+            buffer.reserve(len(rows), int(positions.max()) + 1)
+        step = DecodeStep(self._buffers, positions, written, self._unread(rows))
+        kind = GatheringCache if self._gathers else SplitCache
+        logits = self._run(inputs[:, None], [kind(step, layer) for layer in self._attending], self._states.rows)[:, -1, :]
+        stacks = [_pair(mx.stack([kv[i] for kv in made]) for i in (0, 1)) for made in step.made]
+        self._last = QueuedStep(list(rows), positions, stacks)
+        return logits, self._last
+
+    def settle(self, step: QueuedStep) -> None:
+        """Writes what a step made, which has been computed by now, into the rows of those who are still there."""
+        here = [(i, self._row_of[s]) for i, s in enumerate(step.rows) if s is not None and s in self._row_of]
+        if here:
+            stay, rows = [i for i, _ in here], np.array([row for _, row in here])
+            for buffer, stacks in zip(self._buffers, step.stacks, strict=True):
+                buffer.write(rows, step.positions[stay], _pair(host_view(a)[:, :, :, 0][:, stay] for a in stacks))
+        if self._last is step:
+            self._last = None
+
+    # ---- blocks
+
+    def save(self, sequence: Sequence, index: int, block: int, chunk: QueuedChunk | None) -> None:
+        """Copies tokens 32 index … of a sequence, which have been computed, to where others find them."""
+        start, stop = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
+        row = self._row_of.get(sequence)
+        if row is not None:
+            self._blocks[block] = [buffer.read(row, start, stop) for buffer in self._buffers]
+        else:
+            pairs = list(zip(self._prefilling[sequence], self._attending, strict=True))
+            of_group = [[cache for cache, layer in pairs if layer.group == g] for g in range(len(self.groups))]
+            self._blocks[block] = [_stacked(group, start, stop) for group in of_group]
+        if chunk is not None and chunk.states is not None:
+            self._states.save(block, chunk.states)
+
+    def drop(self, block: int) -> None:
+        """Nobody can find this block any more."""
+        self._blocks.pop(block, None)
+        self._states.drop(block)
+
+    def export(self, block: int) -> dict[str, np.ndarray]:
+        """A block's content for a file: bfloat16 as its bits."""
+        arrays = {f"{name}.{g}": kv[i] for g, kv in enumerate(self._blocks[block]) for i, name in enumerate(("keys", "values"))}
+        return arrays | self._states.export(block)
+
+    def load(self, block: int, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Puts back what `export` gave; whether a sequence can go on from the block's end. Raises `KeyError` and `ValueError`."""
+        self._blocks[block] = [group.checked(g, arrays) for g, group in enumerate(self.groups)]
+        return self._states.load(block, arrays)
+
+    # ---- inside
+
+    def _run(self, inputs: mx.array, attending: Items[Any], states: Items[Any]) -> mx.array:
+        attend, state = iter(attending), iter(states)
+        return self._model(inputs, cache=[next(state) if layer.keeps_state else next(attend) for layer in self.layers])
+
+    def _joined_blocks(self, group: int, blocks: list[int]) -> KeysValues:
+        both = (np.concatenate([self._blocks[b][group][i] for b in blocks], axis=2) for i in (0, 1))
+        return _pair(device_array(a, self.groups[group].dtype) for a in both)
+
+    def _move_in(self, sequence: Sequence, row: int) -> None:
+        caches = self._prefilling.pop(sequence)
+        for cache, layer in zip(caches, self._attending, strict=True):
+            self._buffers[layer.group].fill(row, layer.place, cache.parts)
+        for buffer in self._buffers:
+            buffer.finish(row, sequence.num_computed)
+        self._row_of[sequence] = row
+
+    def _unread(self, rows: list[Sequence | None]) -> "Unread | None":
+        """What the step under way makes, in the order of the rows now."""
+        last = self._last
+        if last is None:
+            return None
+        at = {s: i for i, s in enumerate(last.rows) if s is not None}
+        source = [at.get(s, -1) if s is not None else -1 for s in rows]
+        valid = mx.array([[i >= 0] for i in source])
+        if source == list(range(len(last.rows))):
+            return Unread(last.stacks, valid)
+        index = mx.array([max(i, 0) for i in source], dtype=mx.int32)
+        return Unread([_pair(mx.take(a, index, axis=1) for a in stack) for stack in last.stacks], valid)
+
+
+def arranged(old: Items[Sequence | None], wanted: Items[Sequence], blocked: set[int]) -> list[Sequence | None]:
+    """Who is in which row: newcomers fill holes, then the last rows do. Into a row that is `blocked` nobody moves. Pure."""
+    staying, before = set(wanted), set(old)
+    rows = [s if s in staying else None for s in old]
+    newcomers = deque(s for s in wanted if s not in before)
+    for i, s in enumerate(rows):
+        if s is None and i not in blocked and newcomers:
+            rows[i] = newcomers.popleft()
+    rows.extend(newcomers)
+    _drop_the_end(rows)
+    for i in range(len(rows)):
+        if i < len(rows) and rows[i] is None and i not in blocked:
+            rows[i] = rows.pop()
+            _drop_the_end(rows)
+    return rows
+
+
+def _drop_the_end(rows: list[Sequence | None]) -> None:
+    while rows and rows[-1] is None:
+        rows.pop()
+
+
+def _stacked(caches: list[PrefillCache], start: int, stop: int) -> HostKeysValues:
+    """Tokens [start, stop) of the layers of one group: [layers, H, stop - start, D]."""
+    return _pair(np.stack([_between([kv[i] for kv in c.parts], start, stop) for c in caches]) for i in (0, 1))
+
+
+def _between(parts: list[mx.array], start: int, stop: int) -> np.ndarray:
+    pieces: list[np.ndarray] = []
+    at = 0
+    for part in parts:
+        length = part.shape[2]
+        if at < stop and at + length > start:
+            pieces.append(host_view(part)[0, :, max(0, start - at) : stop - at])
+        at += length
+    return np.concatenate(pieces, axis=1)
+
+
+def _pair(both: Iterable[T]) -> tuple[T, T]:
+    keys, values = both
+    return keys, values
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)

@@ -1,0 +1,78 @@
+"""How many prompt tokens a step may compute."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_manager.inference.engine.pace import Pace
+
+
+def experienced(*, target_s: float = 0.05, max_budget: int = 2048, decode_s: float = 0.01, prefill_s: float = 0.0001) -> Pace:
+    pace = Pace(max_budget, target_s)
+    pace.observe(decode_s, num_rows=1, num_prefilled=0)
+    pace.observe(decode_s + 100 * prefill_s, num_rows=1, num_prefilled=100)
+    return pace
+
+
+def test_where_nobody_decodes_everything_is_allowed() -> None:
+    assert Pace(2048, 0.05).budget(decoding=False) == 2048
+    assert experienced(prefill_s=1.0).budget(decoding=False) == 2048
+
+
+def test_before_anything_is_known_a_step_beside_others_is_small() -> None:
+    assert Pace(2048, 0.05).budget(decoding=True) == 128
+    assert Pace(50, 0.05).budget(decoding=True) == 50
+
+
+def test_a_step_takes_as_many_as_fit_beside_the_decode() -> None:
+    assert experienced(target_s=0.05, decode_s=0.01, prefill_s=0.0001).budget(decoding=True) == pytest.approx(400, abs=1)
+    assert experienced(target_s=0.05, decode_s=0.01, prefill_s=0.0002).budget(decoding=True) == pytest.approx(200, abs=1)
+
+
+def test_prompts_come_on_even_where_there_is_no_time_for_them() -> None:
+    assert experienced(target_s=0.05, decode_s=0.2).budget(decoding=True) == 32
+    assert experienced(target_s=0.05, prefill_s=1.0).budget(decoding=True) == 32
+
+
+def test_a_limit_below_a_block_is_kept() -> None:
+    assert experienced(max_budget=10, prefill_s=1.0).budget(decoding=True) == 10
+
+
+def test_it_learns_from_a_prompt_that_nobody_decoded_beside() -> None:
+    pace = Pace(2048, 0.05)
+    pace.observe(0.1, num_rows=0, num_prefilled=1000)
+    assert pace.budget(decoding=True) == pytest.approx(500, abs=1)
+
+
+def test_what_the_rows_took_is_not_blamed_on_the_prompt() -> None:
+    pace = Pace(2048, 0.05)
+    pace.observe(0.04, num_rows=8, num_prefilled=0)
+    pace.observe(0.05, num_rows=8, num_prefilled=100)
+    assert pace.budget(decoding=True) == pytest.approx(100, abs=1)
+
+
+def test_a_device_that_becomes_slower_is_noticed_within_a_second_of_steps() -> None:
+    pace = experienced(prefill_s=0.0001)
+    for _ in range(20):
+        pace.observe(0.01 + 100 * 0.001, num_rows=1, num_prefilled=100)
+    assert pace.budget(decoding=True) == pytest.approx(40, abs=2)
+
+
+def test_one_odd_step_changes_little() -> None:
+    pace = experienced(prefill_s=0.0001)
+    before = pace.budget(decoding=True)
+    pace.observe(0.01, num_rows=1, num_prefilled=100)
+    assert before <= pace.budget(decoding=True) <= before * 1.3
+
+
+OBSERVATIONS = st.lists(st.tuples(st.floats(0, 100), st.integers(0, 64), st.integers(0, 4096)), max_size=20)
+
+
+@given(st.integers(1, 8192), st.floats(0, 1), OBSERVATIONS, st.booleans())
+def test_whatever_was_measured_there_is_a_budget_within_the_limit(
+    max_budget: int, target_s: float, observations: list[tuple[float, int, int]], decoding: bool
+) -> None:
+    pace = Pace(max_budget, target_s)
+    for seconds, num_rows, num_prefilled in observations:
+        pace.observe(seconds, num_rows=num_rows, num_prefilled=num_prefilled)
+    assert min(32, max_budget) <= pace.budget(decoding=decoding) <= max_budget

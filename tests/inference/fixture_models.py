@@ -47,8 +47,9 @@ def weights(family: str) -> Any:
 
 
 def make_engine(device: Device, family: str, **limits: Any) -> Engine:
-    """An engine of its own on shared weights, its books checked at every step. Must be detached by who attaches it."""
-    asked = EngineLimits(**{"check_every": 1, "step_s": 10.0, "kv_bytes": 64 << 20} | limits)
+    """An engine of its own on shared weights, its books checked at every step, one step ahead as on a GPU. Must be detached by who
+    attaches it."""
+    asked = EngineLimits(**{"check_every": 1, "ahead": True, "step_s": 10.0, "kv_bytes": 64 << 20} | limits)
     return build_engine(weights(family), device, asked, vocab_size=dialect(family).vocab_size, model_key=family)
 
 

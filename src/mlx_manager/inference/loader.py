@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class EngineLimits:
     """`max_sequences` are decoded together. A step computes at most `prefill_budget` prompt tokens, and as many fewer as it takes to stay
     within `step_s` seconds while others decode. `kv_bytes` is the share of a model for keys and values; None: a sixth of the memory
-    that the weights leave. `ageing_s` of waiting are worth a class of priority. `check_every`: see `Engine`. Prefixes that left memory are
-    kept in `disk_folder`, up to `disk_bytes` for a model."""
+    that the weights leave. `ageing_s` of waiting are worth a class of priority. `check_every` and `ahead`: see `Engine`; None: unless
+    the device is the CPU. Prefixes that left memory are kept in `disk_folder`, up to `disk_bytes` for a model."""
 
     max_sequences: int = 32
     prefill_budget: int = 2048
@@ -42,6 +42,7 @@ class EngineLimits:
     kv_bytes: int | None = None
     ageing_s: float = 10.0
     check_every: int = 0
+    ahead: bool | None = None
     disk_bytes: int = 0
     disk_folder: Path | None = None
 
@@ -100,18 +101,21 @@ def load_engine(path: Path, dialect: Dialect, device: Device, limits: EngineLimi
 
 def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size: int, model_key: str) -> Engine:
     """The engine for a loaded model. On the device thread."""
+    import mlx.core as mx
+
     from mlx_manager.inference.engine.lanes import choose_cache
     from mlx_manager.inference.engine.runner import Runner
 
     cache = choose_cache(model)
     kv_bytes = limits.kv_bytes or _default_kv_bytes(_weight_bytes(model))
     # Where rows are padded, one half is for the rows and the other for the blocks that are kept beside them.
-    num_blocks = max(2, kv_bytes // (2 if cache.pads_rows else 1) // (cache.token_bytes * BLOCK_TOKENS))
+    kept_bytes = kv_bytes // (2 if cache.pads_rows else 1)
+    num_blocks = min(_MOST_BLOCKS, max(2, kept_bytes // max(1, cache.token_bytes * BLOCK_TOKENS)))
     policy = Policy(
         max_sequences=limits.max_sequences if cache.max_rows is None else min(limits.max_sequences, cache.max_rows),
         ageing_s=limits.ageing_s,
         max_row_tokens=num_blocks * BLOCK_TOKENS if cache.pads_rows else None,
-        max_scores=_SCORE_BYTES // (4 * getattr(model.args, "num_attention_heads", 32)),
+        max_scores=_SCORE_BYTES // (4 * _num_query_heads(model)),
         needs_states=cache.needs_states,
     )
     log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks, BLOCK_TOKENS)
@@ -122,11 +126,20 @@ def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size:
     if limits.disk_bytes and limits.disk_folder is not None:
         disk = DiskTier(limits.disk_folder, fingerprint=keys.fingerprint, max_bytes=limits.disk_bytes)
         disk.start()
-    return Engine(device, Runner(cache, vocab_size), scheduler, pace, disk=disk, check_every=limits.check_every)
+    ahead = mx.default_device() != mx.Device(mx.cpu) if limits.ahead is None else limits.ahead
+    return Engine(device, Runner(cache, vocab_size), scheduler, pace, ahead=ahead, disk=disk, check_every=limits.check_every)
 
 
+_MOST_BLOCKS = 1 << 18  # 8 million tokens; a model that keeps nothing but states has no other limit
 # What the scores of one layer's attention may take while a prompt is computed: queries x keys x heads, in float32.
 _SCORE_BYTES = 512 << 20
+
+
+def _num_query_heads(model: Any) -> int:
+    return getattr(getattr(model, "args", None), "num_attention_heads", None) or _MANY_HEADS
+
+
+_MANY_HEADS = 64
 
 
 def _weight_bytes(model: Any) -> int:

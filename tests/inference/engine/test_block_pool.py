@@ -198,9 +198,7 @@ ACTIONS = st.tuples(st.sampled_from(["allocate", "share", "release", "publish", 
 
 @settings(deadline=None)
 @given(st.integers(2, 8), st.lists(ACTIONS, max_size=60))
-def test_whatever_is_done_no_block_is_lost_and_nothing_is_found_that_was_forgotten(
-    num_blocks: int, actions: list[tuple[str, int]]
-) -> None:
+def test_whatever_is_done_no_block_is_lost_and_nothing_is_found_that_was_forgotten(num_blocks: int, actions: list[tuple[str, int]]) -> None:
     forgotten: list[int] = []
     pool = BlockPool(num_blocks, lambda block, known: forgotten.append(known.digest[0]))
     held: list[int] = []

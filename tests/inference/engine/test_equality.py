@@ -47,6 +47,11 @@ async def test_a_batch_equals_single_runs(device: Device, family: str, count: in
     assert await differences(device, family, make_engine(device, family), prompts(family, count)) == []
 
 
+async def test_steps_that_are_read_at_once_give_the_same(device: Device, family: str) -> None:
+    """As it is done where the device is the CPU."""
+    assert await differences(device, family, make_engine(device, family, ahead=False, prefill_budget=20), prompts(family, 8)) == []
+
+
 async def test_prompts_computed_in_small_chunks_give_the_same(device: Device, family: str) -> None:
     assert await differences(device, family, make_engine(device, family, prefill_budget=7), prompts(family, 8)) == []
 

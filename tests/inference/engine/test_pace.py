@@ -58,6 +58,14 @@ def test_a_device_that_becomes_slower_is_noticed_within_a_second_of_steps() -> N
     assert pace.budget(decoding=True) == pytest.approx(40, abs=2)
 
 
+@pytest.mark.parametrize("seconds", [0.01, 0.005])
+def test_a_prompt_that_seems_to_take_no_time_is_allowed_everything(seconds: float) -> None:
+    pace = Pace(2048, 0.05)
+    pace.observe(0.01, num_rows=1, num_prefilled=0)
+    pace.observe(seconds, num_rows=1, num_prefilled=100)
+    assert pace.budget(decoding=True) == 2048
+
+
 def test_one_odd_step_changes_little() -> None:
     pace = experienced(prefill_s=0.0001)
     before = pace.budget(decoding=True)

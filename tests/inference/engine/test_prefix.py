@@ -10,10 +10,11 @@ from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, Digest
 from mlx_manager.inference.engine.prefix import PrefixKeys, block_tokens, extend
 
 KEYS = PrefixKeys("model", "layout")
+ROOT = KEYS.root("")
 TOKENS = st.lists(st.integers(0, 2), max_size=4 * BLOCK_TOKENS)
 
 
-def names(tokens: list[int], root: Digest = KEYS.root("")) -> list[Digest]:
+def names(tokens: list[int], root: Digest = ROOT) -> list[Digest]:
     digests: list[Digest] = []
     extend(digests, tokens, root)
     return digests
@@ -44,10 +45,10 @@ def test_tokens_that_differ_in_any_byte_have_other_names() -> None:
 @given(TOKENS, st.integers(0, 4 * BLOCK_TOKENS))
 def test_names_are_the_same_whether_they_are_found_at_once_or_bit_by_bit(tokens: list[int], first: int) -> None:
     digests: list[Digest] = []
-    extend(digests, tokens[:first], KEYS.root(""))
-    extend(digests, tokens, KEYS.root(""))
+    extend(digests, tokens[:first], ROOT)
+    extend(digests, tokens, ROOT)
     assert digests == names(tokens)
-    extend(digests, tokens[:first], KEYS.root(""))
+    extend(digests, tokens[:first], ROOT)
     assert digests == names(tokens)
 
 

@@ -23,9 +23,18 @@ class AttendingCache:
         raise NotImplementedError
 
 
+class WatchingCache:
+    """Base of caches that are told how a model attends, which is left to mlx-lm."""
+
+    def watch(self, queries: mx.array, keys: mx.array, values: mx.array, sinks: mx.array | None) -> None:
+        raise NotImplementedError
+
+
 def _attention(queries, keys, values, cache, scale, mask, sinks=None) -> mx.array:
     if isinstance(cache, AttendingCache):
         return cache.attend(queries, scale, mask, sinks)
+    if isinstance(cache, WatchingCache):
+        cache.watch(queries, keys, values, sinks)
     return _mlx_lm_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
 

@@ -16,7 +16,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_manager.inference.engine import attention
-from mlx_manager.inference.engine.attention import AttendingCache
+from mlx_manager.inference.engine.attention import WatchingCache
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.sequence import Sequence
 
@@ -224,7 +224,7 @@ def _cache_of(state: State) -> ArraysCache:
     return cache
 
 
-class _Probe(AttendingCache):
+class _Probe(WatchingCache):
     """Sees what one token of one layer is like."""
 
     def __init__(self, window: int | None) -> None:
@@ -242,12 +242,11 @@ class _Probe(AttendingCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any):
         return prefill_mask(N, 0, window_size or self.window, return_array)
 
-    def attend(self, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
-        keys, values = self.kept[-1]
+    def watch(self, queries: mx.array, keys: mx.array, values: mx.array, sinks: mx.array | None) -> None:
+        are_kept = keys is self.kept[-1][0] and values is self.kept[-1][1]
         is_plain = queries.dtype == keys.dtype == values.dtype and queries.shape[3] == keys.shape[3]
-        self.num_query_heads = queries.shape[1] if is_plain else None
+        self.num_query_heads = queries.shape[1] if are_kept and is_plain else None
         self.has_sinks = sinks is not None
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def _probe(kind: Any) -> Any:

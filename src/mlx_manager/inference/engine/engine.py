@@ -154,7 +154,8 @@ class Engine:
     """Submissions come from an event loop; everything else happens on the device thread.
 
     One step ahead: step N + 1 is queued before the tokens of step N are read, so the device does not wait for the host.
-    A sequence that turns out to have ended at N has a surplus token in N + 1, which is dropped.
+    A sequence that turns out to have ended at N has a surplus token in N + 1, which is dropped. Where the device is the CPU there is
+    nothing to overlap (queueing a step takes as long as computing it), and tokens would only come a step later: it is read at once.
     """
 
     def __init__(
@@ -164,14 +165,17 @@ class Engine:
         scheduler: Scheduler,
         pace: Pace,
         *,
+        ahead: bool = True,
         disk: DiskTier | None = None,
         check_every: int = 0,
     ) -> None:
-        """`disk` has been started; the engine stops it. `check_every` so many steps the books are checked; 0: never."""
+        """`ahead`: a step is queued before the one before is read; see the class. `disk` has been started; the engine stops it.
+        `check_every` so many steps the books are checked; 0: never."""
         self._device = device
         self._runner = runner
         self._scheduler = scheduler
         self._pace = pace
+        self._ahead = ahead
         self._disk = disk
         self._check_every = check_every
         self._recent = RecentTokens()
@@ -292,7 +296,10 @@ class Engine:
         queued = None if plan.is_empty else self._runner.queue(plan)
         self.counters.prefilled_tokens += sum(chunk.stop - chunk.start for chunk in plan.prefill)
         self.counters.cached_tokens += sum(s.num_computed for s in plan.admitted) + sum(f.child.num_computed for f in plan.forks)
-        pending, self._pending = self._pending, queued
+        if self._ahead:
+            pending, self._pending = self._pending, queued
+        else:
+            pending, self._queued_at = queued, queued_at
         if pending is not None:
             self._read(pending, deliveries)
         self._queued_at = queued_at

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_manager.inference.engine.runner import KVCache
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, TokenSampling
 from mlx_manager.inference.engine.single_cache import SingleCache
-from mlx_manager.inference.engine.slot_cache import SlotCache
+from mlx_manager.inference.engine.slot_cache import GatheringCache, GroupedGatheringCache, SlotCache, SplitCache
 
 log = logging.getLogger(__name__)
 
@@ -22,14 +22,14 @@ _CONTINUATION = (18, 28, 45)
 
 def choose_cache(model: Any) -> KVCache:
     """The fastest cache that passes. Reasons why others do not are logged."""
-    for make in (lambda: SlotCache(model), lambda: SlotCache(model, gathers=True)):
+    for handle in (SplitCache, GatheringCache, GroupedGatheringCache):
         try:
-            problem = self_test(model, make())
+            problem = self_test(model, SlotCache(model, handle))
         except Exception as error:  # noqa: BLE001 - whatever a model does with a cache that it does not know
             problem = f"{type(error).__name__}: {error}"
         if problem is None:
-            return make()
-        log.info("this model cannot use %s: %s", "slots", problem)
+            return SlotCache(model, handle)
+        log.info("this model cannot use %s: %s", handle.name, problem)
     return SingleCache(model)
 
 

@@ -31,7 +31,7 @@ from mlx_manager.inference.engine.cache_layout import (
     layout,
     prefill_mask,
 )
-from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, is_supported
+from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, is_supported, self_test
 from mlx_manager.inference.engine.sequence import Sequence
 
 _NARROWEST_TABLE = 8  # blocks
@@ -207,6 +207,24 @@ class PagedCache:
     @property
     def allocated_bytes(self) -> int:
         return sum(pool.keys.nbytes + pool.values.nbytes for pool in self._pools) + self._states.block_bytes
+
+    def self_test(self) -> str | None:
+        """What is wrong with the kernels for layers of these shapes, if anything is."""
+        kinds = {(self.groups[s.group], s.num_query_heads, s.window, s.has_sinks) for s in self._attending}
+        for group, num_query_heads, window, has_sinks in kinds:
+            assert num_query_heads is not None, "it was checked"
+            fault = self_test(
+                self._attention,
+                dtype=group.dtype,
+                head_dim=group.key_dim,
+                query_heads=num_query_heads,
+                kv_heads=group.num_heads,
+                window=window or 0,
+                has_sinks=has_sinks,
+            )
+            if fault is not None:
+                return fault
+        return None
 
     # ---- sequences come and go
 

@@ -65,6 +65,8 @@ class PrefillCache:
 class GatheringCache:
     """One layer's rows in one decode step, for a model that computes on keys and values itself: they are copied together."""
 
+    name = "slots, gathered"
+
     def __init__(self, step: "DecodeStep", layer: Layer) -> None:
         self._step = step
         self._layer = layer
@@ -82,8 +84,19 @@ class GatheringCache:
         return self._step.mask(window_size or self._layer.window)
 
 
+class GroupedGatheringCache(GatheringCache):
+    """The same for a model whose scores have an axis more: the heads that share keys."""
+
+    name = "slots, gathered by heads"
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
+        return super().make_mask(N, window_size=window_size)[:, None]
+
+
 class SplitCache(AttendingCache):
     """One layer's rows in one decode step: attends to the buffer where it is and to the newest tokens beside it."""
+
+    name = "slots"
 
     def __init__(self, step: "DecodeStep", layer: Layer) -> None:
         self._step = step
@@ -274,16 +287,17 @@ class QueuedStep:
 class SlotCache:
     """All rows of one model. Owned by the device thread.
 
-    `gathers`: for models that compute on keys and values themselves, attention is left to them, and the rows are copied together for it.
+    `handle` is what each layer of a decode step is given: for models that compute on keys and values themselves, rows are copied together.
     Raises `UnsupportedCache`.
     """
 
     max_rows: int | None = None
     pads_rows = True
 
-    def __init__(self, model: Any, *, gathers: bool = False) -> None:
+    def __init__(self, model: Any, handle: type[SplitCache | GatheringCache] = SplitCache) -> None:
         self._model = model
-        self._gathers = gathers
+        self._handle = handle
+        self.name = handle.name
         self.layers, self.groups, self._states = layout(model)
         self._attending = [layer for layer in self.layers if not layer.keeps_state]
         self._rows: list[Sequence | None] = []
@@ -292,10 +306,6 @@ class SlotCache:
         self._prefilling: dict[Sequence, list[PrefillCache]] = {}  # one for each layer that attends, until there is a row
         self._blocks: dict[int, list[HostKeysValues]] = {}  # keys and values [layers, H, 32, D] of each group
         self._last: QueuedStep | None = None
-
-    @property
-    def name(self) -> str:
-        return "slots, gathered" if self._gathers else "slots"
 
     @property
     def needs_states(self) -> bool:
@@ -385,8 +395,7 @@ class SlotCache:
         for buffer in self._buffers:
             buffer.reserve(len(rows), int(positions.max()) + 1)
         step = DecodeStep(self._buffers, positions, written, self._unread(rows))
-        kind = GatheringCache if self._gathers else SplitCache
-        logits = self._run(inputs[:, None], [kind(step, layer) for layer in self._attending], self._states.rows)[:, -1, :]
+        logits = self._run(inputs[:, None], [self._handle(step, layer) for layer in self._attending], self._states.rows)[:, -1, :]
         stacks = [_pair(mx.stack([kv[i] for kv in made]) for i in (0, 1)) for made in step.made]
         self._last = QueuedStep(list(rows), positions, stacks)
         return logits, self._last

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
-from mlx_manager.bench.load import Limits, compare, measure
-from mlx_manager.bench.results import Cell, Sample, Target, Usage, Workload
+from mlx_manager.bench.client import Limits
+from mlx_manager.bench.load import compare, measure
+from mlx_manager.bench.results import CeilingCell, Cell, Target, Workload
+from mlx_manager.bench.samples import Sample, Usage
+from mlx_manager.bench.scenarios import Trial
 
 from .scripted import DONE, Script, answer, chunk, delta, serving, usage
 from .values import MACHINE
@@ -147,10 +150,10 @@ async def test_a_primed_workload_sends_one_request_ahead_that_is_not_measured() 
 
 
 async def test_targets_take_turns_and_the_order_alternates() -> None:
-    seen: list[Cell] = []
+    seen: list[Cell | Trial | CeilingCell] = []
     async with serving(lambda body, number: answer()) as a, serving(lambda body, number: answer()) as b:
         targets = [Target("a", a.url, "m"), Target("b", b.url, "m")]
-        results = await compare(targets, [Workload(8, 16, 1, 2), Workload(8, 16, 2, 2)], 3, machine=MACHINE, on_cell=seen.append)
+        results = await compare(targets, [Workload(8, 16, 1, 2), Workload(8, 16, 2, 2)], 3, machine=MACHINE, on_done=seen.append)
     order = [(cell.target, cell.workload.concurrency, cell.repeat) for cell in results.cells]
     assert order == [(name, c, r) for c in (1, 2) for r, names in enumerate(("ab", "ba", "ab")) for name in names]
     assert seen == list(results.cells)

@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from mlx_manager.bench.report import from_json, markdown, notes, table, to_json
-from mlx_manager.bench.results import Cell, Results, Target
+from mlx_manager.bench.results import CeilingCell, Cell, Results, Target
+from mlx_manager.bench.scenarios import Overhead, PrefixHit, Prioritised, Trial
 
 from .values import OURS, PEER, cell, results, sample, work
 
@@ -90,3 +91,66 @@ def test_unequal_work_and_a_prompt_seen_before_are_said() -> None:
 def test_a_target_without_an_answer_has_a_row_of_dashes() -> None:
     dead = Cell("ours", work(), 0, 1.0, (sample(error="refused"),))
     assert "| 1 | ours | - | - | - | - | - | - | 1 of 1 |" in markdown(results(dead, targets=(OURS,)))
+
+
+def trials() -> Results:
+    pairs = ((OURS, 0.1), (PEER, 0.3))
+    overhead = [Trial(t.name, Overhead(), n, (sample(s), sample(s))) for n in (0, 1) for t, s in pairs]
+    again = [Trial(t.name, PrefixHit(), 0, (sample(s),), before=(sample(1.0),)) for t, s in pairs]
+    hurried = Trial("ours", Prioritised(), 0, (sample(0.2),), before=(sample(0.1),), load=(sample(error="busy"),))
+    return results(cell(OURS, work()), cell(PEER, work()), *overhead, *again, hurried)
+
+
+def test_a_scenario_has_a_table_with_its_measures_and_ratios() -> None:
+    text = markdown(trials())
+    assert "**overhead: one-token requests, one after the other**" in text
+    assert "| Target | Request p50, ms | Request p95, ms | Failed | Request p50 ratio to peer |" in text
+    assert "| ours | 100.0 | 100.0 | 0 of 4 | 3.00x |" in text
+    assert "| peer | 300.0 | 300.0 | 0 of 4 |  |" in text
+    assert "| ours | 0.10x | 100.0 | 1000.0 | 0 of 2 | 3.00x |" in text
+
+
+def test_a_scenario_that_no_peer_has_is_shown_without_them() -> None:
+    text = markdown(trials())
+    assert "| Target | p95 / idle | TTFT p95, ms | TTFT idle, ms | Failed |" in text
+    assert "| ours | 2.00x | 200.0 | 100.0 | 1 of 3 |" in text
+    assert "1 failed requests: 1 x busy" in text
+
+
+def test_json_has_scenarios_and_brings_them_back() -> None:
+    seen = trials()
+    assert from_json(to_json(seen)) == seen
+    said = json.loads(to_json(seen))["scenarios"]
+    assert [(one["target"], one["scenario"]["name"]) for one in said] == [
+        ("ours", "overhead"),
+        ("peer", "overhead"),
+        ("ours", "prefix-hit"),
+        ("peer", "prefix-hit"),
+        ("ours", "priority"),
+    ]
+    assert said[0]["ratio"]["peer"]["request_p50"]["median"] == pytest.approx(3)
+    assert said[4]["measures"]["times_idle"]["median"] == 2
+
+
+def test_json_of_before_there_were_scenarios_can_be_read() -> None:
+    document = json.loads(to_json(both(30, 20)))
+    for name in ("scenarios", "trials", "ceiling"):
+        del document["results"][name]
+    assert from_json(json.dumps(document)) == both(30, 20)
+
+
+def test_the_ceiling_has_a_row_and_every_target_its_share() -> None:
+    seen = results(cell(OURS, work(), tok_s=90), cell(PEER, work(), tok_s=45), ceiling=(CeilingCell(work(), 0, 100.0),))
+    text = markdown(seen)
+    assert "| Failed | Of the ceiling | tok/s ratio to peer |" in text
+    assert "| 0 of 1 | 90% | 2.00x | 1.00x |" in text
+    assert "| 1 | the ceiling | 100.0 |" in text
+    assert "batch generator" in text
+    assert from_json(to_json(seen)) == seen
+    assert json.loads(to_json(seen))["figures"][0]["share_of_ceiling"]["median"] == 0.9
+
+
+def test_more_than_the_ceiling_is_called_a_wrong_measurement() -> None:
+    seen = results(cell(OURS, work(), tok_s=131), cell(PEER, work(), tok_s=101), ceiling=(CeilingCell(work(), 0, 100.0),))
+    (said,) = [line for line in notes(seen) if "Above the ceiling" in line]
+    assert "Above the ceiling: ours 131% at 1 at once. Other work disturbed this run" in said

@@ -1,6 +1,7 @@
 import pytest
 
-from mlx_manager.bench.results import Cell, Range, Spread, Target, Workload
+from mlx_manager.bench.results import CeilingCell, Cell, Target, Workload
+from mlx_manager.bench.samples import Range, Spread
 
 from .values import OURS, PEER, cell, results, sample, work
 
@@ -62,6 +63,14 @@ def test_speed_up_is_over_one_at_a_time_of_the_same_target_and_shape() -> None:
     assert seen.speed_up(PEER, eight) is None
 
 
+def test_the_share_of_the_ceiling_is_taken_within_a_repeat() -> None:
+    cells = [cell(OURS, work(), n, tok_s=rate) for n, rate in enumerate((50, 90, 80))]
+    seen = results(*cells, ceiling=tuple(CeilingCell(work(), n, rate) for n, rate in enumerate((100.0, 100.0))))
+    assert seen.share_of_ceiling(OURS, work()) == Range(0.7, 0.5, 0.9)
+    assert seen.share_of_ceiling(PEER, work()) is None
+    assert seen.ceiling_tok_s(work()) == Range(100.0, 100.0, 100.0)
+
+
 def test_cached_tokens_are_a_part_of_the_prompt_and_unknown_is_not_none() -> None:
     said = Cell("ours", work(), 0, 1.0, (sample(0.1, tokens=1, cached=0), sample(0.1, tokens=1, cached=50)))
     silent = Cell("peer", work(), 0, 1.0, (sample(0.1, tokens=1),))
@@ -70,9 +79,9 @@ def test_cached_tokens_are_a_part_of_the_prompt_and_unknown_is_not_none() -> Non
 
 
 def test_a_base_url_may_have_the_version_or_not() -> None:
-    assert OURS.chat_url == "http://127.0.0.1:1/v1/chat/completions"
-    assert PEER.chat_url == "http://127.0.0.1:2/v1/chat/completions"
-    assert Target("t", "https://host/openai/v1/", "m").chat_url == "https://host/openai/v1/chat/completions"
+    assert OURS.url_of("chat/completions") == "http://127.0.0.1:1/v1/chat/completions"
+    assert PEER.url_of("completions") == "http://127.0.0.1:2/v1/completions"
+    assert Target("t", "https://host/openai/v1/", "m").url_of("chat/completions") == "https://host/openai/v1/chat/completions"
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://user:word@host"])

@@ -164,6 +164,33 @@ def test_a_model_that_is_not_there_cannot_be_talked_to(home: dict[str, str]) -> 
     assert done.stdout == ""
 
 
+def test_a_benchmark_model_is_made_and_listed_and_not_written_over(home: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "llama-15m"
+    made = command(home, "bench", "--make-model", "llama-15m", str(folder))
+    assert (made.returncode, made.stdout.split(": ")[1][:23]) == (0, "15.0 million parameters")
+    listed = json.loads(command(home, "list", "--json", "--models-dir", str(folder.parent)).stdout)
+    assert "llama-15m" in [model["id"] for model in listed["models"]]
+    assert command(home, "bench", "--make-model", "llama-15m", str(folder)).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--make-model", "gpt-99", "x"], "the shapes are llama-15m, llama-8b"),
+        ([], "--model is missing"),
+        (["--model", "m", "--peer", "mlx-lm"], "need --model-dir"),
+        (["--model", "m", "--ceiling"], "need --model-dir"),
+        (["--model", "m", "--peer", "other", "--model-dir", "."], "the peers are mlx-lm, mlx-vlm, vllm-mlx"),
+        (["--model", "m", "--scenario", "joining"], "the scenarios are served, join, stall"),
+        (["--model", "m", "--scenario", "join:probes=0"], "join takes load=N"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_run_is_wrong_usage_and_says_why(home: dict[str, str], arguments: list[str], said: str) -> None:
+    done = command(home, "bench", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def test_status_without_a_server_says_so(home: dict[str, str]) -> None:
     done = command(home, "status")
     assert done.returncode == 3
@@ -237,6 +264,21 @@ def test_a_server_tells_how_it_is_and_lets_a_reply_finish_when_it_is_stopped(hom
         code, stderr = running.end()
     assert code == 0
     assert "Traceback" not in stderr
+
+
+def test_a_server_is_measured_in_scenarios(home: dict[str, str], tmp_path: Path) -> None:
+    scenarios = ("overhead:requests=2", "join:load=2,load_tokens=8,probes=2", "shared-prefix:requests=2,prompt_tokens=60")
+    flags = [word for scenario in scenarios for word in ("--scenario", scenario)]
+    with serving(home, "--port", "0") as server:
+        url = f"http://{server.address}"
+        done = command(home, "bench", "--url", url, "--model", MODEL, "--repeats", "1", *flags, "--json", str(tmp_path / "seen.json"))
+    assert done.returncode == 0, done.stderr
+    for name in ("overhead", "join", "shared-prefix"):
+        assert f"{name}: " in done.stdout
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert [one["scenario"]["name"] for one in seen["scenarios"]] == ["overhead", "join", "shared-prefix"]
+    assert all(value is not None for one in seen["scenarios"] for value in one["measures"].values())
+    assert seen["figures"] == []
 
 
 def test_ctrl_c_ends_a_server_that_has_nothing_to_do(home: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """The texts that a benchmark sends: the same for the same seed, of a wanted length, sharing a prefix or sharing nothing."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,20 @@ def texts(prefix: Prefix, num_words: int, count: int, salt: str) -> list[str]:
     num_shared = int(num_words * SHARED_PART)
     shared = random.Random(f"{salt}/shared").choices(WORDS, k=num_shared)
     return [_told([*shared, *words]) for words in _apart(num_words - num_shared, count, salt)]
+
+
+def endings(num_words: int, count: int, salt: str) -> list[str]:
+    """`count` prompts of one text, new for every salt, each with a last sentence of its own."""
+    lot = random.Random(salt)
+    text = " ".join(lot.choices(WORDS, k=num_words))
+    return [f"{text}\n\nWrite a very long story that uses all of these words and {word}." for word in lot.sample(WORDS, k=count)]
+
+
+def short(salt: str) -> Iterator[str]:
+    """Prompts of a dozen tokens with an ordinary chat template, without end."""
+    lot = random.Random(salt)
+    while True:
+        yield f"Say {lot.choice(WORDS)} {lot.choice(WORDS)} forever."
 
 
 def _apart(num_words: int, count: int, salt: str) -> list[list[str]]:

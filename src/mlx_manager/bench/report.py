@@ -10,25 +10,30 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mlx_manager.bench.results import Figures, Range, Results, Spread, Target, Workload
+from mlx_manager.bench.results import Figures, Results, Target, Workload
+from mlx_manager.bench.samples import Range, Spread
+from mlx_manager.bench.scenarios import Measure, Scenario, is_for, measures, title
 
 SPEED_UP_FLOOR = 1.05
 """A median below this is called no speed-up: runs on a shared machine differ by more than the rest."""
 
 UNEQUAL_OUTPUT = 0.1
 SEEN_BEFORE = 0.1
+CEILING = "the ceiling"
+ABOVE_CEILING = 1.05
+"""A server cannot reach more than the machine gives: above this, by more than chance, something is wrong with the measurement."""
 
 STORED: TypeAdapter[Results] = TypeAdapter(Results)
 
 
 def table(results: Results) -> Group:
-    """For a terminal: one table a shape of work, then what has to be said about it."""
+    """For a terminal: one table a shape of work and one a scenario, then what has to be said about them."""
     parts: list[Table | Text] = []
-    for shape in results.shapes:
-        grid = Table(title=escape(_title(results, shape)), title_justify="left")
-        for name in _columns(results):
+    for heading, columns, rows in _grids(results):
+        grid = Table(title=escape(heading), title_justify="left")
+        for name in columns:
             grid.add_column(escape(name), justify="left" if name == "Target" else "right")
-        for row in _rows(results, shape):
+        for row in rows:
             grid.add_row(*map(escape, row))
         parts.append(grid)
     return Group(*parts, *(Text(line) for line in [*notes(results), *_provenance(results)]))
@@ -36,11 +41,10 @@ def table(results: Results) -> Group:
 
 def markdown(results: Results) -> str:
     lines: list[str] = []
-    for shape in results.shapes:
-        columns = _columns(results)
-        lines += [f"**{_title(results, shape)}**", "", _markdown_row(columns)]
+    for heading, columns, rows in _grids(results):
+        lines += [f"**{heading}**", "", _markdown_row(columns)]
         lines.append(_markdown_row([":--" if name == "Target" else "--:" for name in columns]))
-        lines += [_markdown_row(row) for row in _rows(results, shape)]
+        lines += [_markdown_row(row) for row in rows]
         lines.append("")
     lines += [f"- {line}" for line in notes(results)]
     lines += ["", *(f"- {line}" for line in _provenance(results)), ""]
@@ -55,6 +59,7 @@ def to_json(results: Results) -> str:
             "target": target.name,
             "workload": asdict(workload),
             **asdict(results.figures(target, workload)),
+            "share_of_ceiling": _plain(results.share_of_ceiling(target, workload)),
             "ratio": {
                 peer.name: {
                     metric: _plain(results.ratio(target, peer, workload, metric)) for metric in ("output_tok_s", "ttft_p50", "gap_p95")
@@ -66,7 +71,22 @@ def to_json(results: Results) -> str:
         for workload in results.workloads
         for target in results.targets
     ]
-    return json.dumps({"results": stored, "figures": figures}, ensure_ascii=False, allow_nan=False)
+    scenarios = [
+        {
+            "target": target.name,
+            "scenario": asdict(scenario),
+            "measures": {m.name: _plain(results.measured(target, scenario, m.name)) for m in measures(scenario)},
+            "ratio": {
+                peer.name: {m.name: _plain(results.scenario_ratio(target, peer, scenario, m.name)) for m in measures(scenario)}
+                for peer in results.targets[1:]
+                if target == results.targets[0]
+            },
+        }
+        for scenario in results.scenarios
+        for target in results.targets
+        if results.trials_of(target, scenario)
+    ]
+    return json.dumps({"results": stored, "figures": figures, "scenarios": scenarios}, ensure_ascii=False, allow_nan=False)
 
 
 def from_json(text: str) -> Results:
@@ -126,6 +146,16 @@ def _fairness_notes(results: Results) -> list[str]:
                     f"At {workload.concurrency} at once {subject.name} wrote {ours:.0f} tokens a request and {peer.name} {theirs:.0f}: "
                     "their rates are not of the same work."
                 )
+    above = [
+        f"{target.name} {share.median:.0%} at {workload.concurrency} at once"
+        for workload in results.workloads
+        for target in results.targets
+        if (share := results.share_of_ceiling(target, workload)) is not None and share.median > ABOVE_CEILING
+    ]
+    if above:
+        said.append(f"Above the ceiling: {', '.join(above)}. Other work disturbed this run, or the model differs: take no shares from it.")
+    if results.ceiling:
+        said.append("The ceiling is mlx-lm's batch generator with the same prompts, in a process without HTTP.")
     if peers:
         said.append("Ratios: above 1 the first target is better; median of the repeats, each taken side by side (lowest-highest).")
     return said
@@ -150,6 +180,12 @@ def _title(results: Results, shape: Workload) -> str:
     return f"{wanted} ({real} counted{primed}), at most {shape.max_tokens} tokens out, temperature {shape.temperature:g}"
 
 
+def _grids(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(heading, columns, rows) of each table."""
+    served = [(_title(results, shape), _columns(results), _rows(results, shape)) for shape in results.shapes]
+    return served + [(title(one), _scenario_columns(results, one), _scenario_rows(results, one)) for one in results.scenarios]
+
+
 def _columns(results: Results) -> list[str]:
     columns = [
         "At once",
@@ -161,16 +197,51 @@ def _columns(results: Results) -> list[str]:
         "Out / request",
         "Cached",
         "Failed",
+        *(["Of the ceiling"] if results.ceiling else []),
     ]
     return columns + [f"{what} ratio to {peer.name}" for peer in results.targets[1:] for what in ("tok/s", "TTFT")]
 
 
 def _rows(results: Results, shape: Workload) -> list[list[str]]:
-    return [
-        [str(workload.concurrency), target.name, *_cells(results.figures(target, workload)), *_ratios(results, target, workload)]
-        for workload in results.of_shape(shape)
-        for target in results.targets
-    ]
+    rows: list[list[str]] = []
+    for workload in results.of_shape(shape):
+        for target in results.targets:
+            share = [_share(results.share_of_ceiling(target, workload))] if results.ceiling else []
+            cells = [*_cells(results.figures(target, workload)), *share, *_ratios(results, target, workload)]
+            rows.append([str(workload.concurrency), target.name, *cells])
+        if results.ceiling:
+            row = [str(workload.concurrency), CEILING, _range(results.ceiling_tok_s(workload))]
+            rows.append(row + [""] * (len(_columns(results)) - len(row)))
+    return rows
+
+
+def _scenario_columns(results: Results, scenario: Scenario) -> list[str]:
+    titles = [one.title if one.unit == "share" else f"{one.title}, ms" for one in measures(scenario)]
+    compared = [f"{measures(scenario)[0].title} ratio to {peer.name}" for peer in _peers_in(results, scenario)]
+    return ["Target", *titles, "Failed", *compared]
+
+
+def _scenario_rows(results: Results, scenario: Scenario) -> list[list[str]]:
+    subject, peers = results.targets[0], _peers_in(results, scenario)
+    rows: list[list[str]] = []
+    for target in (subject, *peers):
+        trials = results.trials_of(target, scenario).values()
+        failed = f"{sum(trial.num_failed for trial in trials)} of {sum(len(trial.samples) for trial in trials)}"
+        ratios = (results.scenario_ratio(subject, peer, scenario, measures(scenario)[0].name) for peer in peers)
+        compared = ["-" if ratio is None else _times(ratio) for ratio in ratios] if target == subject else [""] * len(peers)
+        measured = [_measured(one, results.measured(target, scenario, one.name)) for one in measures(scenario)]
+        rows.append([target.name, *measured, failed, *compared])
+    return rows
+
+
+def _peers_in(results: Results, scenario: Scenario) -> Sequence[Target]:
+    return results.targets[1:] if is_for(scenario, subject=False) else ()
+
+
+def _measured(measure: Measure, value: Range | None) -> str:
+    if value is None:
+        return "-"
+    return _times(value) if measure.unit == "share" else _range(Range(value.median * 1000, value.low * 1000, value.high * 1000))
 
 
 def _cells(figures: Figures) -> list[str]:
@@ -197,6 +268,12 @@ def _range(value: Range | None) -> str:
     if value is None:
         return "-"
     return f"{value.median:.1f}" if value.low == value.high else f"{value.median:.1f} ({value.low:.1f}-{value.high:.1f})"
+
+
+def _share(value: Range | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value.median:.0%}" if value.low == value.high else f"{value.median:.0%} ({value.low:.0%}-{value.high:.0%})"
 
 
 def _times(value: Range) -> str:

@@ -10,16 +10,17 @@ Every observation is kept; figures are computed from them when somebody looks. T
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean
 from typing import Literal, assert_never
 from urllib.parse import urlsplit
 
 from mlx_manager.bench.machine import Machine
 from mlx_manager.bench.prompts import Prefix
+from mlx_manager.bench.samples import Range, Sample, Spread, gaps_s, ttfts_s
+from mlx_manager.bench.scenarios import Scenario, Trial
 
+Endpoint = Literal["chat/completions", "completions"]
 Metric = Literal["output_tok_s", "ttft_p50", "gap_p95"]
 
 
@@ -43,10 +44,9 @@ class Target:
         if parts.username is not None or parts.password is not None:
             raise ValueError(f"target {self.name}: a URL with credentials would be printed in reports; give an api_key")
 
-    @property
-    def chat_url(self) -> str:
+    def url_of(self, endpoint: Endpoint) -> str:
         path = urlsplit(self.url).path.rstrip("/")
-        return self.url.rstrip("/") + ("/chat/completions" if path else "/v1/chat/completions")
+        return self.url.rstrip("/") + (f"/{endpoint}" if path else f"/v1/{endpoint}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,65 +78,6 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int | None = None
-    """Of the prompt, answered from a cache; None if the server does not say."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One request. `start_s` counts from the cell's start, `events_s` (arrivals of content events) and `end_s` from `start_s`."""
-
-    start_s: float
-    events_s: tuple[float, ...]
-    end_s: float
-    usage: Usage | None = None
-    finish_reason: str | None = None
-    error: str | None = None
-
-    @property
-    def ttft_s(self) -> float | None:
-        return self.events_s[0] if self.events_s else None
-
-    @property
-    def gaps_s(self) -> list[float]:
-        return [later - earlier for earlier, later in pairwise(self.events_s)]
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.events_s) if self.usage is None else self.usage.completion_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Where samples lie. Percentiles are interpolated between the two nearest samples."""
-
-    p50: float
-    p95: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread | None":
-        ordered = sorted(values)
-        return cls(_percentile(ordered, 0.5), _percentile(ordered, 0.95), ordered[-1]) if ordered else None
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """One value a repeat: their median, lowest and highest."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Range | None":
-        return cls(median(values), min(values), max(values)) if values else None
-
-
-@dataclass(frozen=True, slots=True)
 class Cell:
     """One target under one workload, once."""
 
@@ -163,14 +104,14 @@ class Cell:
 
     @property
     def ttft_s(self) -> Spread | None:
-        return Spread.of(_ttfts_s(self.completed))
+        return Spread.of(ttfts_s(self.completed))
 
     @property
     def gap_s(self) -> Spread | None:
         """Between content events of one stream as they arrive here. Not "per token": how many tokens an event holds cannot be
         known from outside, so a server that sends two tokens at a time has gaps twice as long at the same speed. Events that
         arrive in one read have no gap between them."""
-        return Spread.of(_gaps_s(self.completed))
+        return Spread.of(gaps_s(self.completed))
 
     def value(self, metric: Metric) -> float | None:
         match metric:
@@ -182,6 +123,15 @@ class Cell:
                 return None if self.gap_s is None else self.gap_s.p95
             case _:
                 assert_never(metric)
+
+
+@dataclass(frozen=True, slots=True)
+class CeilingCell:
+    """A workload without a server, once."""
+
+    workload: Workload
+    repeat: int
+    output_tok_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +171,10 @@ class Results:
     """ISO 8601, UTC."""
     stopped: str | None = None
     """Why cells are missing; None if all ran."""
+    scenarios: tuple[Scenario, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    """In the order in which they ran."""
+    ceiling: tuple[CeilingCell, ...] = ()
 
     @property
     def shapes(self) -> list[Workload]:
@@ -243,8 +197,8 @@ class Results:
         return Figures(
             output_tok_s=Range.of([rate for cell in cells if (rate := cell.output_tok_s) is not None]),
             requests_s=Range.of([rate for cell in cells if (rate := cell.requests_s) is not None]),
-            ttft_s=Spread.of(_ttfts_s(samples)),
-            gap_s=Spread.of(_gaps_s(samples)),
+            ttft_s=Spread.of(ttfts_s(samples)),
+            gap_s=Spread.of(gaps_s(samples)),
             speed_up=self.speed_up(target, workload),
             num_completed=len(samples),
             num_failed=num_sent - len(samples),
@@ -266,26 +220,39 @@ class Results:
         the peer's durations by the subject's. None if no repeat has both."""
         return _ratio(self.cells_of(subject, workload), self.cells_of(peer, workload), metric)
 
+    def ceiling_tok_s(self, workload: Workload) -> Range | None:
+        return Range.of([cell.output_tok_s for cell in self.ceiling if cell.workload == workload])
+
+    def share_of_ceiling(self, target: Target, workload: Workload) -> Range | None:
+        """Of what the machine gives without a server; None if that was not measured."""
+        cells = self.cells_of(target, workload)
+        pairs = (
+            (cells[top.repeat].output_tok_s, top.output_tok_s) for top in self.ceiling if top.workload == workload and top.repeat in cells
+        )
+        return Range.of([ours / theirs for ours, theirs in pairs if ours and theirs])
+
+    def trials_of(self, target: Target, scenario: Scenario) -> dict[int, Trial]:
+        """By repeat."""
+        return {trial.repeat: trial for trial in self.trials if trial.target == target.name and trial.scenario == scenario}
+
+    def measured(self, target: Target, scenario: Scenario, measure: str) -> Range | None:
+        """One value a repeat."""
+        values = (trial.values()[measure] for trial in self.trials_of(target, scenario).values())
+        return Range.of([value for value in values if value is not None])
+
+    def scenario_ratio(self, subject: Target, peer: Target, scenario: Scenario, measure: str) -> Range | None:
+        """The peer's value by the subject's: above 1 the subject is better. None if no repeat has both."""
+        ours, theirs = self.trials_of(subject, scenario), self.trials_of(peer, scenario)
+        pairs = ((ours[repeat].values()[measure], theirs[repeat].values()[measure]) for repeat in ours if repeat in theirs)
+        return Range.of([high / low for low, high in pairs if low and high])
+
     def errors(self, target: Target) -> Counter[str]:
-        return Counter(s.error for cell in self.cells if cell.target == target.name for s in cell.samples if s.error is not None)
+        return Counter(
+            s.error for seen in (*self.cells, *self.trials) if seen.target == target.name for s in seen.samples if s.error is not None
+        )
 
 
 def _ratio(subject: dict[int, Cell], peer: dict[int, Cell], metric: Metric) -> Range | None:
     pairs = ((subject[repeat].value(metric), peer[repeat].value(metric)) for repeat in subject if repeat in peer)
     more_is_better = metric == "output_tok_s"
     return Range.of([(ours / theirs if more_is_better else theirs / ours) for ours, theirs in pairs if ours and theirs])
-
-
-def _ttfts_s(samples: Iterable[Sample]) -> list[float]:
-    return [sample.ttft_s for sample in samples if sample.ttft_s is not None]
-
-
-def _gaps_s(samples: Iterable[Sample]) -> list[float]:
-    return [gap for sample in samples for gap in sample.gaps_s]
-
-
-def _percentile(ordered: Sequence[float], part: float) -> float:
-    position = part * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)

@@ -1,29 +1,39 @@
-"""`bench`: load on a server, and on others beside it for comparison."""
+"""`bench`: load on a server, and on others beside it for comparison; the models that this is done with."""
 # ruff: noqa: PLC0415 - the load generator brings an HTTP client and pydantic: `--help` does without
 
 import asyncio
 import socket
+import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from mlx_manager.cli.configuration import configured
-from mlx_manager.cli.terminal import INTERRUPTED, USAGE, errors, fail, screen
+from mlx_manager.cli.terminal import INTERRUPTED, USAGE, errors, fail, say, screen
 
 if TYPE_CHECKING:
-    from mlx_manager.bench.results import Cell, Results, Target, Workload
+    from mlx_manager.bench.peers import Peer
+    from mlx_manager.bench.results import CeilingCell, Cell, Results, Target, Workload
+    from mlx_manager.bench.scenarios import Scenario, Trial
 
 Prefix = Literal["unique", "shared"]
 SUBJECT = "mlx-manager"
-PEER = "mlx-lm"
+SERVED = "served"
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="The model, as that server calls it.")],
+    model: Annotated[str | None, typer.Option(help="The model, as that server calls it.")] = None,
     url: Annotated[str, typer.Option(help="The server: its root or its base URL.")] = "http://127.0.0.1:10242",
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:FIELD=N,…]",
+            help="What to measure: served, join, stall, shared-prefix, overhead, prefix-hit, priority; can be repeated; without it served.",
+        ),
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompts that are made up.")] = 128,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a reply, at most.")] = 128,
     concurrency: Annotated[str, typer.Option(metavar="N,N,…", help="Requests in flight; each number is a row.")] = "1,4,8,16",
@@ -38,18 +48,39 @@ def bench(
     versus: Annotated[
         list[str] | None, typer.Option(metavar="NAME=URL,MODEL", help="Another server to measure in turn; can be repeated.")
     ] = None,
-    versus_mlx_lm: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", exists=True, file_okay=False, help="Start mlx_lm.server with this model and measure it in turn."),
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=PYTHON]",
+            help="Start mlx-lm, mlx-vlm or vllm-mlx with that Python and measure it in turn; can be repeated; without PYTHON with ours.",
+        ),
+    ] = None,
+    ceiling: Annotated[bool, typer.Option("--ceiling", help="Measure mlx-lm's batch loop without a server in turn.")] = False,
+    model_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", exists=True, file_okay=False, help="The model, for --peer and --ceiling.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every observation there.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the tables there.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed makes the same prompts. [default: the time]")] = None,
+    limit_s: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Stop then, and report what there is.")] = 1800.0,
+    make_model: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(metavar="SHAPE DIR", help="Write a model of random weights there, and do nothing else: llama-15m or llama-8b."),
+    ] = None,
 ) -> None:
     """Measure a server under load; its key, if it has one, is taken from MLX_MANAGER_API_KEY."""
+    if make_model is not None:
+        _make_model(*make_model)
+        return
+    if model is None:
+        fail("--model is missing: the model to ask for, as the server calls it.", USAGE)
+    if (peer or ceiling) and model_dir is None:
+        fail("--peer and --ceiling need --model-dir: the folder of the model that they load.", USAGE)
+
     from mlx_manager.bench import report
-    from mlx_manager.bench.peers import PeerError
+    from mlx_manager.bench.processes import PeerError
     from mlx_manager.bench.results import Target, Workload
+    from mlx_manager.bench.scenarios import parsed
 
     for file in (json_file, markdown_file):
         if file is not None and not file.absolute().parent.is_dir():
@@ -57,7 +88,9 @@ def bench(
     key = configured().api_key
     try:
         subject = Target(SUBJECT, url, model, api_key=key.get_secret_value() if key else None)
-        targets = [subject, *map(_peer, versus or [])]
+        targets = [subject, *map(_other, versus or [])]
+        wanted = list(dict.fromkeys(scenario or [SERVED]))
+        scenarios = tuple(dict.fromkeys(one for text in wanted if text != SERVED for one in parsed(text)))
         workloads = [
             Workload(
                 prompt_tokens=prompt_tokens,
@@ -68,12 +101,15 @@ def bench(
                 prompts=tuple(prompt or ()),
             )
             for at_once in _numbers(concurrency)
+            if SERVED in wanted
         ]
-        results = asyncio.run(_measure(targets, workloads, repeats, int(time.time()) if seed is None else seed, versus_mlx_lm))
+        started = Started([_peer(text) for text in peer or []], ceiling, model_dir)
+        seed = int(time.time()) if seed is None else seed
+        results = asyncio.run(_measure(targets, workloads, scenarios, repeats, seed, started, limit_s))
     except ValueError as error:
         fail(f"{error}.", USAGE)
     except PeerError as error:
-        fail(f"{PEER} cannot be measured: {error}")
+        fail(str(error))
     except KeyboardInterrupt:
         fail("Stopped: nothing is reported of half a comparison.", INTERRUPTED)
     screen().print(report.table(results))
@@ -81,11 +117,34 @@ def bench(
         json_file.write_text(report.to_json(results), encoding="utf-8")
     if markdown_file is not None:
         markdown_file.write_text(report.markdown(results), encoding="utf-8")
-    if not any(cell.completed for cell in results.cells if cell.target == SUBJECT):
+    seen = (sample for one in (*results.cells, *results.trials) if one.target == SUBJECT for sample in one.samples)
+    if all(sample.error is not None for sample in seen):
         fail(f"No request to {url} completed.")
 
 
-def _peer(text: str) -> "Target":
+class Started(NamedTuple):
+    """What is started here to be measured beside the server."""
+
+    peers: "list[tuple[Peer, str]]"
+    """(what, with which Python)."""
+    ceiling: bool
+    model_dir: Path | None
+
+
+def _make_model(shape: str, folder: Path) -> None:
+    from mlx_manager.bench.random_model import SHAPES, write_model
+
+    if shape not in SHAPES:
+        fail(f"--make-model {shape}: the shapes are {', '.join(SHAPES)}.", USAGE)
+    try:
+        with errors().status(f"writing {folder} …"):
+            num_parameters = write_model(SHAPES[shape], folder)
+    except OSError as error:
+        fail(f"{folder} cannot be written: {error.strerror}.")
+    say(f"{folder}: {num_parameters / 1e6:.1f} million parameters of random weights. Serve it with --models-dir {folder.absolute().parent}")
+
+
+def _other(text: str) -> "Target":
     """`NAME=URL,MODEL`. It is sent no key of ours."""
     from mlx_manager.bench.results import Target
 
@@ -94,6 +153,16 @@ def _peer(text: str) -> "Target":
     if not (name and url and model):
         raise ValueError(f"--versus {text}: it must be NAME=URL,MODEL")
     return Target(name, url, model)
+
+
+def _peer(text: str) -> "tuple[Peer, str]":
+    """`NAME[=PYTHON]`."""
+    from mlx_manager.bench.peers import PEERS
+
+    name, _, python = text.partition("=")
+    if name not in PEERS:
+        raise ValueError(f"--peer {text}: the peers are {', '.join(PEERS)}")
+    return PEERS[name], python or sys.executable
 
 
 def _numbers(text: str) -> list[int]:
@@ -106,28 +175,64 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-async def _measure(targets: "list[Target]", workloads: "list[Workload]", repeats: int, seed: int, mlx_lm_model: Path | None) -> "Results":
+async def _measure(
+    targets: "list[Target]",
+    workloads: "list[Workload]",
+    scenarios: "tuple[Scenario, ...]",
+    repeats: int,
+    seed: int,
+    started: Started,
+    limit_s: float,
+) -> "Results":
+    from mlx_manager.bench.ceiling import batch_loop
+    from mlx_manager.bench.client import Limits
     from mlx_manager.bench.load import compare
-    from mlx_manager.bench.peers import mlx_lm_server
+    from mlx_manager.bench.peers import peer_server
+    from mlx_manager.bench.processes import PeerError
     from mlx_manager.inference.blas import use_fast_blas
 
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(errors().status("starting …"))
-        if mlx_lm_model is not None:
-            progress.update(f"starting {PEER} …")
+        ceiling = None
+        if started.model_dir is not None:
             blas_path = use_fast_blas().path
-            targets = [*targets, await stack.enter_async_context(mlx_lm_server(mlx_lm_model, _free_port(), blas_path=blas_path, name=PEER))]
-        num_cells = len(targets) * len(workloads) * repeats
-        num_done = 0
+            for peer, python in started.peers:
+                progress.update(f"starting {peer.name} …")
+                server = peer_server(peer, started.model_dir, _free_port(), blas_path=blas_path, python=python)
+                try:
+                    targets = [*targets, await stack.enter_async_context(server)]
+                except PeerError as error:
+                    raise PeerError(f"{peer.name} cannot be measured: {error}") from None
+            if started.ceiling and workloads:
+                progress.update("loading the model for the ceiling …")
+                ceiling = await stack.enter_async_context(batch_loop(started.model_dir, blas_path=blas_path))
+        began = time.monotonic()
 
-        def show(cell: "Cell") -> None:
-            nonlocal num_done
-            num_done += 1
-            rate = "no reply completed" if cell.output_tok_s is None else f"{cell.output_tok_s:.1f} tok/s"
-            progress.update(f"{num_done} of {num_cells}: {cell.target}, {cell.workload.concurrency} at once: {rate}")
+        def show(one: "Cell | Trial | CeilingCell") -> None:
+            progress.update(f"{time.monotonic() - began:.0f} s: {_progress(one)}")
 
-        progress.update(f"warming up, then {num_cells} measurements …")
-        return await compare(targets, workloads, repeats, seed=seed, on_cell=show)
+        progress.update("warming up …")
+        return await compare(
+            targets,
+            workloads,
+            repeats,
+            scenarios=scenarios,
+            seed=seed,
+            limits=Limits(total_s=limit_s),
+            ceiling=ceiling,
+            on_done=show,
+        )
+
+
+def _progress(one: "Cell | Trial | CeilingCell") -> str:
+    from mlx_manager.bench.results import Cell
+    from mlx_manager.bench.scenarios import Trial
+
+    if isinstance(one, Trial):
+        return f"{one.target}, {one.scenario.name}, repeat {one.repeat + 1}"
+    rate = "no reply completed" if one.output_tok_s is None else f"{one.output_tok_s:.1f} tok/s"
+    name = one.target if isinstance(one, Cell) else "the ceiling"
+    return f"{name}, {one.workload.concurrency} at once, repeat {one.repeat + 1}: {rate}"
 
 
 def _free_port() -> int:

@@ -268,6 +268,10 @@ class Engine:
                 self._spill(block, content)
             self._disk.stop()
 
+    def check_integrity(self) -> None:
+        """Raises `AssertionError` if a block is lost, held twice or written by who should not."""
+        self._scheduler.check_integrity()
+
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work or self._pending is not None
@@ -316,7 +320,7 @@ class Engine:
         for sequence in dict.fromkeys([*(chunk.sequence for chunk, _ in pending.chunks), *(s for s in pending.rows if s is not None)]):
             self._publish(sequence, pending)
         if self._check_every and self.counters.decode_steps % self._check_every == 0:
-            self._scheduler.check_integrity()
+            self.check_integrity()
 
     def _take(self, sequence: Sequence, token: Token, deliveries: list[Delivery]) -> None:
         stream = self._streams[sequence]

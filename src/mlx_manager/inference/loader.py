@@ -103,34 +103,42 @@ def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size:
     """The engine for a loaded model. On the device thread."""
     import mlx.core as mx
 
-    from mlx_manager.inference.engine.lanes import choose_cache
+    from mlx_manager.inference.engine import paged_attention
+    from mlx_manager.inference.engine.lanes import choose_cache, num_blocks_within
     from mlx_manager.inference.engine.runner import Runner
 
-    cache = choose_cache(model)
+    backend = paged_attention.backend()
     kv_bytes = limits.kv_bytes or _default_kv_bytes(_weight_bytes(model))
-    # Where rows are padded, one half is for the rows and the other for the blocks that are kept beside them.
-    kept_bytes = kv_bytes // (2 if cache.pads_rows else 1)
-    num_blocks = min(_MOST_BLOCKS, max(2, kept_bytes // max(1, cache.token_bytes * BLOCK_TOKENS)))
+    cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend))
+    num_blocks = num_blocks_within(cache, kv_bytes)
     policy = Policy(
         max_sequences=limits.max_sequences if cache.max_rows is None else min(limits.max_sequences, cache.max_rows),
         ageing_s=limits.ageing_s,
-        max_row_tokens=num_blocks * BLOCK_TOKENS if cache.pads_rows else None,
+        max_row_tokens=(num_blocks - 1) * BLOCK_TOKENS if cache.pads_rows else None,
         max_scores=_SCORE_BYTES // (4 * _num_query_heads(model)),
         needs_states=cache.needs_states,
     )
-    log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks, BLOCK_TOKENS)
-    keys = PrefixKeys(model_key, f"{cache.name} {cache.token_bytes}")
-    scheduler = Scheduler(BlockPool(num_blocks + 1), keys, policy)
+    log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks - 1, BLOCK_TOKENS)
+    keys = PrefixKeys(model_key, str(cache.token_bytes))
+    scheduler = Scheduler(BlockPool(num_blocks), keys, policy)
     pace = Pace(limits.prefill_budget, limits.step_s)
     disk = None
     if limits.disk_bytes and limits.disk_folder is not None:
         disk = DiskTier(limits.disk_folder, fingerprint=keys.fingerprint, max_bytes=limits.disk_bytes)
         disk.start()
     ahead = mx.default_device() != mx.Device(mx.cpu) if limits.ahead is None else limits.ahead
-    return Engine(device, Runner(cache, vocab_size), scheduler, pace, ahead=ahead, disk=disk, check_every=limits.check_every)
+    return Engine(
+        device,
+        Runner(cache, vocab_size),
+        scheduler,
+        pace,
+        ahead=ahead,
+        max_state_bytes=kv_bytes // 4,
+        disk=disk,
+        check_every=limits.check_every,
+    )
 
 
-_MOST_BLOCKS = 1 << 18  # 8 million tokens; a model that keeps nothing but states has no other limit
 # What the scores of one layer's attention may take while a prompt is computed: queries x keys x heads, in float32.
 _SCORE_BYTES = 512 << 20
 

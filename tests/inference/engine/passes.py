@@ -12,6 +12,7 @@ class KeepsNothing:
     cache_name = "none"
     block_bytes = 1
     allocated_bytes = 0
+    state_bytes = 0
 
     def save(self, sequence: Sequence, index: int, block: int, pending: Any) -> None:
         assert block in sequence.table

@@ -203,6 +203,7 @@ class Histories(RuleBasedStateMachine):
         max_row_blocks=st.none() | st.integers(2, 24),
         max_scores=st.none() | st.sampled_from([2_000, 20_000]),
         step_s=st.sampled_from([0.01, 1.0, 8.0]),
+        ahead=st.sampled_from([True, True, False]),
     )
     def start(
         self,
@@ -212,6 +213,7 @@ class Histories(RuleBasedStateMachine):
         max_row_blocks: int | None,
         max_scores: int | None,
         step_s: float,
+        ahead: bool,
     ) -> None:
         max_row_tokens = None if max_row_blocks is None else max_row_blocks * BLOCK_TOKENS
         self.policy = Policy(max_sequences, 10.0, max_row_tokens, max_scores, needs_states)
@@ -221,6 +223,7 @@ class Histories(RuleBasedStateMachine):
         self.pending: Pending | None = None
         self.now = 0.0
         self.step_s = step_s
+        self.ahead = ahead  # a step is queued before the one before is read
         self.live: list[Sequence] = []
         self.ended: list[Sequence] = []
 
@@ -358,7 +361,10 @@ class Histories(RuleBasedStateMachine):
         plan = self.scheduler.plan(self.now, budget)
         self._check(plan, budget)
         queued = None if plan.is_empty else self.device.queue(plan)
-        pending, self.pending = self.pending, queued
+        if self.ahead:
+            pending, self.pending = self.pending, queued
+        else:
+            pending = queued
         if pending is not None:
             self._read(pending)
 

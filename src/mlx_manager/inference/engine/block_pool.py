@@ -104,11 +104,19 @@ class BlockPool:
                 self._free.append(block)
 
     def publish(self, block: int, content: Content) -> bool:
-        """Makes a full, held block findable. False if it stays unknown: of two blocks with one content the first is the known one."""
+        """Makes a full, held block findable. False if it stays unknown: of two blocks with one content the first is the known one.
+        If only the second can be resumed from, nobody holds the first and it is forgotten for it."""
         assert self._num_refs[block] > 0, "only who holds a block knows its content"
         assert len(content.tokens) == BLOCK_TOKENS, "only a full block never changes"
-        if content.digest in self._by_digest or block in self._content:
+        known = self._by_digest.get(content.digest)
+        if block in self._content:
             return False
+        if known is not None:
+            if not content.resumable or self._content[known].resumable or known not in self._cached:
+                return False
+            del self._cached[known]
+            self._forget(known)
+            self._free.append(known)
         self._content[block] = content
         self._by_digest[content.digest] = block
         return True
@@ -127,6 +135,17 @@ class BlockPool:
             evicted += 1
         self.num_evictions += evicted
         return evicted
+
+    def evict_resumable(self) -> bool:
+        """Frees the least recently used cached block that can be resumed from: the state that it stands for takes memory of its own."""
+        for block in self._cached:
+            if self._content[block].resumable:
+                del self._cached[block]
+                self._forget(block)
+                self._free.append(block)
+                self.num_evictions += 1
+                return True
+        return False
 
     def cached_contents(self) -> list[tuple[int, Content]]:
         """Everything findable, the least recently used first, what is held last."""

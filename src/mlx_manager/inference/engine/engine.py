@@ -45,6 +45,8 @@ class ForwardPasses(Protocol):
     def block_bytes(self) -> int: ...
     @property
     def allocated_bytes(self) -> int: ...
+    @property
+    def state_bytes(self) -> int: ...
 
     def queue(self, plan: Plan) -> PendingStep: ...
     def read(self, pending: Any) -> list[Token | None]: ...
@@ -166,16 +168,19 @@ class Engine:
         pace: Pace,
         *,
         ahead: bool = True,
+        max_state_bytes: int = 1 << 30,
         disk: DiskTier | None = None,
         check_every: int = 0,
     ) -> None:
-        """`ahead`: a step is queued before the one before is read; see the class. `disk` has been started; the engine stops it.
-        `check_every` so many steps the books are checked; 0: never."""
+        """`ahead`: a step is queued before the one before is read; see the class. `max_state_bytes` is for states that blocks stand
+        for, beside keys and values. `disk` has been started; the engine stops it. The books are checked every `check_every` steps;
+        0: never."""
         self._device = device
         self._runner = runner
         self._scheduler = scheduler
         self._pace = pace
         self._ahead = ahead
+        self._max_state_bytes = max_state_bytes
         self._disk = disk
         self._check_every = check_every
         self._recent = RecentTokens()
@@ -307,7 +312,7 @@ class Engine:
         if pending is not None:
             self._read(pending, deliveries)
         self._queued_at = queued_at
-        if queued is None:
+        if self._pending is None and not self._scheduler.running:
             self._runner.clear()
 
     def _read(self, pending: PendingStep, deliveries: list[Delivery]) -> None:
@@ -342,8 +347,12 @@ class Engine:
     def _publish(self, sequence: Sequence, pending: PendingStep | None) -> None:
         chunks = () if pending is None else pending.chunks
         ends = frozenset(chunk.stop for chunk, _ in chunks if chunk.sequence is sequence)
-        for index, block in self._scheduler.publish(sequence, ends):
+        published = self._scheduler.publish(sequence, ends)
+        for index, block in published:
             self._runner.save(sequence, index, block, pending)
+        if published and self._scheduler.policy.needs_states:
+            while self._runner.state_bytes > self._max_state_bytes and self._scheduler.pool.evict_resumable():
+                pass
 
     def _note_time(self, pending: PendingStep) -> None:
         now = time.monotonic()

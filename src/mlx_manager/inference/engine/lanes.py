@@ -2,11 +2,16 @@
 # pyright: basic
 
 import logging
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
+from mlx_manager.inference.engine.paged_attention import PagedAttention
+from mlx_manager.inference.engine.paged_cache import PagedCache
 from mlx_manager.inference.engine.runner import KVCache
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, TokenSampling
 from mlx_manager.inference.engine.single_cache import SingleCache
@@ -16,29 +21,55 @@ log = logging.getLogger(__name__)
 
 # The same sums in another order: what float32 and the 16-bit types may differ by, of the largest logit.
 _TOLERANCE = {mx.float32: 2e-3, mx.float16: 3e-2, mx.bfloat16: 8e-2}
-_PROMPTS = ((3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46), (2, 71, 82))
+_PROMPTS = ((3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46), (2, 71, 82), (84, 59))
+_TESTED_BLOCKS = 1 + len(_PROMPTS)  # the null block, and one for each
+_FEWEST_BLOCKS = 2
+_MOST_BLOCKS = 1 << 18  # 8 million tokens; a model that keeps nothing but states has no other limit
 _CONTINUATION = (18, 28, 45)
 
 
-def choose_cache(model: Any) -> KVCache:
-    """The fastest cache that passes. Reasons why others do not are logged."""
-    for handle in (SplitCache, GatheringCache, GroupedGatheringCache):
+def choose_cache(model: Any, kv_bytes: int, kernels: PagedAttention | None) -> KVCache:
+    """The fastest cache that passes, for `num_blocks_within` these bytes. `kernels` are this device's, if it has any. Reasons why others
+    do not pass are logged."""
+    for name, make in _ways(model, kernels):
         try:
-            problem = self_test(model, SlotCache(model, handle))
+            tested = make(_TESTED_BLOCKS)
+            problem = tested.self_test() if isinstance(tested, PagedCache) else None
+            problem = problem or self_test(model, tested)
         except Exception as error:  # noqa: BLE001 - whatever a model does with a cache that it does not know
             problem = f"{type(error).__name__}: {error}"
-        if problem is None:
-            return SlotCache(model, handle)
-        log.info("this model cannot use %s: %s", handle.name, problem)
+        else:
+            if problem is None:
+                return make(num_blocks_within(tested, kv_bytes))
+        log.info("this model cannot use %s: %s", name, problem)
     return SingleCache(model)
 
 
+def num_blocks_within(cache: KVCache, kv_bytes: int) -> int:
+    """How many blocks there may be, and the null block."""
+    # Where rows are padded, one half is for the rows and the other for the blocks that are kept beside them.
+    share = kv_bytes // 2 if cache.pads_rows else kv_bytes
+    return 1 + min(_MOST_BLOCKS, max(_FEWEST_BLOCKS, share // max(1, cache.token_bytes * BLOCK_TOKENS)))
+
+
+def _ways(model: Any, kernels: PagedAttention | None) -> Iterator[tuple[str, Callable[[int], KVCache]]]:
+    """From the fastest on; what makes them takes the number of blocks."""
+    if kernels is not None:
+        yield PagedCache.name, partial(PagedCache, model, kernels)
+    for handle in (SplitCache, GatheringCache, GroupedGatheringCache):
+        yield handle.name, partial(_slots, model, handle)
+
+
+def _slots(model: Any, handle: type[SplitCache | GatheringCache], num_blocks: int) -> SlotCache:
+    return SlotCache(model, handle)
+
+
 def self_test(model: Any, cache: KVCache) -> str | None:
-    """What is wrong if two sequences of different lengths, in chunks and side by side, do not get the logits that each gets alone."""
+    """What is wrong if sequences of different lengths, in chunks and side by side, do not get the logits that each gets alone."""
     expected = [_alone(model, prompt) for prompt in _PROMPTS]
     sequences = [Sequence(SequenceSpec(prompt, 10, TokenSampling(0)), i) for i, prompt in enumerate(_PROMPTS)]
     for s in sequences:
-        s.table = [0]
+        s.table = [1 + s.index]
         cache.admit(s)
         for stop in dict.fromkeys((s.prefill_end // 2, s.prefill_end)):
             if stop > s.num_queued:

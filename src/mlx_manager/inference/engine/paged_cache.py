@@ -205,6 +205,10 @@ class PagedCache:
         return sum(g.token_bytes for g in self.groups)
 
     @property
+    def state_bytes(self) -> int:
+        return self._states.block_bytes
+
+    @property
     def allocated_bytes(self) -> int:
         return sum(pool.keys.nbytes + pool.values.nbytes for pool in self._pools) + self._states.block_bytes
 

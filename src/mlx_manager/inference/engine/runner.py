@@ -24,7 +24,7 @@ class Queued(Protocol):
 
 
 class KVCache(Protocol):
-    """Where keys and values are kept: `SlotCache`, `SingleCache`. All of it happens on the device thread.
+    """Where keys and values are kept: `PagedCache`, `SlotCache`, `SingleCache`. All of it happens on the device thread.
 
     `max_rows` decode together at most (None: as many as there are places); `pads_rows`: rows cost as much as the longest of them.
     """
@@ -41,6 +41,8 @@ class KVCache(Protocol):
     def token_bytes(self) -> int: ...
     @property
     def allocated_bytes(self) -> int: ...
+    @property
+    def state_bytes(self) -> int: ...
 
     def admit(self, sequence: Sequence) -> None: ...
     def fork(self, child: Sequence, parent: Sequence, source: int | None, target: int | None) -> None: ...
@@ -88,6 +90,11 @@ class Runner:
     @property
     def allocated_bytes(self) -> int:
         return self.cache.allocated_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what is kept for blocks beside keys and values."""
+        return self.cache.state_bytes
 
     def queue(self, plan: Plan) -> Pending:
         """Queues all passes of a plan; waits for nothing."""

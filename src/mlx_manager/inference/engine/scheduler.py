@@ -8,6 +8,7 @@ content is there already, and gives way to a more urgent one; what it had comput
 import heapq
 from collections import Counter
 from dataclasses import dataclass
+from itertools import takewhile
 
 from mlx_manager.inference.engine import prefix
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Content, Digest
@@ -37,7 +38,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """In this order: `preempted` give up their places; `admitted` come in with `num_cached` of their tokens computed by others before;
+    """In this order: `preempted` give up their places; `admitted` come in with `num_computed` of their tokens in blocks already;
     `forks` come in as copies; one forward pass for all of `decode` together, and one for each chunk of `prefill`."""
 
     preempted: tuple[Sequence, ...] = ()
@@ -88,7 +89,7 @@ class Scheduler:
     def max_tokens(self) -> int:
         """The longest sequence there can be, in tokens."""
         usable = self.pool.num_usable * BLOCK_TOKENS
-        return usable if self.policy.max_row_tokens is None else min(usable, self.policy.max_row_tokens)
+        return usable if self.policy.max_row_tokens is None else min(usable, self.policy.max_row_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -157,18 +158,20 @@ class Scheduler:
             leader = self._leader(candidate)
             if leader is not None:
                 leader.urgency = min(leader.urgency, candidate.urgency)
+                if self.policy.needs_states:
+                    leader.parting.add(_num_common_blocks(leader, candidate) * BLOCK_TOKENS)
                 continue
             parent = self._parent(candidate)
             hits = self._hits(candidate) if parent is None else parent.table[: parent.prefill_end // BLOCK_TOKENS]
             while not self._has_room(candidate, hits):
                 victim = max(self.running, key=lambda s: self._rank(s, now), default=None)
-                # One class apart, or two of one class would take turns at giving way.
-                if victim is None or victim in settled or self._rank(victim, now)[0] - self._rank(candidate, now)[0] < 1:
+                # One class apart, and by what it is, not by how long it waits: two of one class would take turns at giving way.
+                if victim is None or victim in settled or self._rank(victim, now)[0] - candidate.urgency < 1:
                     return admitted, forks
                 self._preempt(victim, now, preempted)
                 if victim is parent:
                     parent, hits = None, self._hits(candidate)
-            self._give_place(candidate, hits, now)
+            self._give_place(candidate, hits, now, is_fork=parent is not None)
             places[candidate.spec.client] += 1
             settled.add(candidate)
             if parent is None:
@@ -192,7 +195,7 @@ class Scheduler:
         return chunks
 
     def _chunk_length(self, sequence: Sequence, budget: int) -> int:
-        length = min(budget, sequence.num_prefill_left)
+        length = min([budget, sequence.num_prefill_left, *(p - sequence.num_queued for p in sequence.parting if p > sequence.num_queued)])
         if self.policy.max_scores is not None:
             while length > 1 and length * (sequence.num_queued + length) > self.policy.max_scores:
                 length //= 2
@@ -270,7 +273,7 @@ class Scheduler:
             self._roots[tenant] = self._keys.root(tenant)
         return self._roots[tenant]
 
-    def _give_place(self, sequence: Sequence, hits: list[int], now: float) -> None:
+    def _give_place(self, sequence: Sequence, hits: list[int], now: float, *, is_fork: bool) -> None:
         for block in hits:
             self.pool.share(block)
         sequence.table = list(hits)
@@ -283,7 +286,7 @@ class Scheduler:
         sequence.prefill_end = len(sequence.tokens) - 1
         if sequence.admitted is None:
             sequence.admitted = now
-            sequence.num_cached = sequence.num_computed
+            sequence.num_cached = sequence.prefill_end if is_fork else sequence.num_computed
         if sequence.waiting_since is not None:
             sequence.waited_s += now - sequence.waiting_since
             sequence.waiting_since = None
@@ -292,7 +295,6 @@ class Scheduler:
 
     def _fork(self, child: Sequence, parent: Sequence) -> Fork:
         child.num_queued = child.num_computed = child.prefill_end
-        child.num_cached = child.prefill_end
         child.num_published = min(len(child.table), parent.num_published)
         tail = child.prefill_end // BLOCK_TOKENS
         if child.prefill_end % BLOCK_TOKENS == 0:
@@ -362,6 +364,10 @@ def _are_same(one: Sequence, other: Sequence) -> bool:
     num_full = len(one.tokens) // BLOCK_TOKENS
     same_blocks = num_full == 0 or one.digests[num_full - 1] == other.digests[num_full - 1]
     return same_blocks and one.tokens[num_full * BLOCK_TOKENS :] == other.tokens[num_full * BLOCK_TOKENS :]
+
+
+def _num_common_blocks(one: Sequence, other: Sequence) -> int:
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one.digests, other.digests, strict=False)))
 
 
 def _blocks_for(num_tokens: int) -> int:

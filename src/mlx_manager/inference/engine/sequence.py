@@ -103,6 +103,7 @@ class Sequence:
         self.table: list[int] = []
         self.digests: list[Digest] = []
         self.num_published = 0
+        self.parting: set[int] = set()  # where those who wait for it go another way: a state is needed there
         self.finished = False
         self.urgency = URGENCY[spec.priority]  # less is more; raised if somebody more urgent waits for what it computes
         self.submitted = time.monotonic()

@@ -51,6 +51,10 @@ class SingleCache:
         self.token_bytes = max(1, sum(a.nbytes for cache in probe for a in _arrays(cache)) // _ROOM)
 
     @property
+    def state_bytes(self) -> int:
+        return sum(a.nbytes for caches in self._blocks.values() for c in caches for a in _arrays(c))
+
+    @property
     def allocated_bytes(self) -> int:
         return sum(a.nbytes for caches in (*self._caches.values(), *self._blocks.values()) for c in caches for a in _arrays(c))
 

@@ -317,6 +317,10 @@ class SlotCache:
         return sum(g.token_bytes for g in self.groups)
 
     @property
+    def state_bytes(self) -> int:
+        return self._states.block_bytes
+
+    @property
     def allocated_bytes(self) -> int:
         rows = sum(b.num_bytes for b in self._buffers)
         blocks = sum(a.nbytes for groups in self._blocks.values() for kv in groups for a in kv)

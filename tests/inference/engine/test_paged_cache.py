@@ -28,7 +28,7 @@ from mlx_manager.inference.engine.paged_attention import Kernels, PagedAttention
 from mlx_manager.inference.engine.paged_cache import PagedCache, padded_rows, padded_width
 from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.runner import KVCache, Runner
-from mlx_manager.inference.engine.scheduler import Policy, Scheduler
+from mlx_manager.inference.engine.scheduler import Chunk, Policy, Scheduler
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, Token, TokenSampling
 from mlx_manager.inference.engine.slot_cache import SlotCache
 from tests.inference.engine.metal_shim import Shim, why_not
@@ -223,7 +223,7 @@ def test_who_waits_for_a_pass_waits_for_every_layer(kind: str) -> None:
     sequence = Sequence(SequenceSpec((3, 1, 4), 5, GREEDY), 0)
     sequence.table = [2]
     cache.admit(sequence)
-    queued = cache.prefill(sequence, 0, 2)
+    (queued,) = cache.prefill([Chunk(sequence, 0, 2)])
     sequence.num_queued = 2
     if kind == "row":
         cache.arrange([sequence], set())
@@ -406,7 +406,7 @@ def test_a_row_that_comes_back_at_once_has_its_new_blocks_and_state(hybrid: Hybr
     def prefill(sequence: Sequence, block: int) -> None:
         sequence.table, sequence.num_queued = [block], 0
         cache.admit(sequence)
-        mx.eval(cache.prefill(sequence, 0, sequence.prefill_end).arrays())
+        mx.eval(cache.prefill([Chunk(sequence, 0, sequence.prefill_end)])[0].arrays())
         sequence.num_queued = sequence.prefill_end
 
     def decode() -> mx.array:

@@ -6,6 +6,7 @@ module that has imported it: a cache that knows how to attend does so itself, al
 # pyright: basic
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,13 @@ from mlx_lm.models import base
 
 _NAME = "scaled_dot_product_attention"
 _mlx_lm_attention = base.scaled_dot_product_attention
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Stands for a mask: a token sees itself and those before it, with a `window` as many as that together."""
+
+    window: int | None
 
 
 class AttendingCache:

@@ -299,8 +299,7 @@ class Engine:
         for sequence in self._scheduler.expired(now):
             deliveries.append((self._streams[sequence], TimedOut("The request took longer than it may.")))
             self._drop_stream(self._streams[sequence])
-        budget = self._pace.budget(decoding=any(s.wants_decode for s in self._scheduler.running))
-        plan = self._scheduler.plan(now, budget)
+        plan = self._scheduler.plan(now, self._budget())
         queued_at = time.monotonic()
         queued = None if plan.is_empty else self._runner.queue(plan)
         self.counters.prefilled_tokens += sum(chunk.stop - chunk.start for chunk in plan.prefill)
@@ -314,6 +313,17 @@ class Engine:
         self._queued_at = queued_at
         if self._pending is None and not self._scheduler.running:
             self._runner.clear()
+
+    def _budget(self) -> int:
+        """Prompt tokens for the next step. Those who decode do not count for who is more urgent than all of them."""
+        scheduler = self._scheduler
+        decoding = [s.urgency for s in scheduler.running if s.wants_decode]
+        prefilling = [s.urgency for s in scheduler.running if s.num_prefill_left]
+        if len(scheduler.running) < scheduler.policy.max_sequences:
+            prefilling += [s.urgency for s in scheduler.waiting]
+        if decoding and prefilling and min(prefilling) < min(decoding):
+            decoding = []
+        return self._pace.budget(num_decoding=len(decoding), num_prefilling=len(prefilling))
 
     def _read(self, pending: PendingStep, deliveries: list[Delivery]) -> None:
         tokens = self._runner.read(pending)

@@ -13,6 +13,7 @@ from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.paged_attention import PagedAttention
 from mlx_manager.inference.engine.paged_cache import PagedCache
 from mlx_manager.inference.engine.runner import KVCache
+from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, TokenSampling
 from mlx_manager.inference.engine.single_cache import SingleCache
 from mlx_manager.inference.engine.slot_cache import GatheringCache, GroupedGatheringCache, SlotCache, SplitCache
@@ -71,11 +72,12 @@ def self_test(model: Any, cache: KVCache) -> str | None:
     for s in sequences:
         s.table = [1 + s.index]
         cache.admit(s)
-        for stop in dict.fromkeys((s.prefill_end // 2, s.prefill_end)):
-            if stop > s.num_queued:
-                queued = cache.prefill(s, s.num_queued, stop)
-                mx.eval(queued.arrays())
-                s.num_queued = s.num_computed = stop
+    for part in (2, 1):
+        chunks = [Chunk(s, s.num_queued, s.prefill_end // part) for s in sequences if s.prefill_end // part > s.num_queued]
+        for queued in cache.prefill(chunks):
+            mx.eval(queued.arrays())
+        for chunk in chunks:
+            chunk.sequence.num_queued = chunk.sequence.num_computed = chunk.stop
     unread: list[Any] = []
     for n in range(len(_CONTINUATION) + 1):
         rows = cache.arrange(sequences, set(sequences) if unread else set())

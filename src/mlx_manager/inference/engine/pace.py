@@ -7,6 +7,12 @@ _NEWEST = 0.2
 _SMALLEST = 32  # tokens: a block; below that a pass costs more than it computes
 
 
+# A step may take so many times as long as one that only decodes: on a slow machine the target would leave nothing for prompts.
+_STRETCH = 3.0
+# Where as many wait for their first token as decode, those who decode wait twice as long; at most so many times.
+_MOST_CROWDED = 4.0
+
+
 @dataclass(slots=True)
 class Pace:
     """`max_budget` prompt tokens a step where nobody decodes; else as many as keep the step within `target_s` seconds, learnt from the
@@ -17,10 +23,14 @@ class Pace:
     decode_s: float | None = None  # of a step that only decodes
     prefill_s: float | None = None  # a prompt token
 
-    def budget(self, *, decoding: bool) -> int:
-        if not decoding or self.prefill_s is None:
-            return self.max_budget if not decoding else min(self.max_budget, 4 * _SMALLEST)
-        left = self.target_s - (self.decode_s or 0.0)
+    def budget(self, *, num_decoding: int, num_prefilling: int) -> int:
+        if num_decoding == 0:
+            return self.max_budget
+        if self.prefill_s is None:
+            return min(self.max_budget, 4 * _SMALLEST)
+        decode_s = self.decode_s or 0.0
+        crowded = min(1.0 + num_prefilling / num_decoding, _MOST_CROWDED)
+        left = crowded * max(self.target_s, _STRETCH * decode_s) - decode_s
         return max(min(_SMALLEST, self.max_budget), min(self.max_budget, int(left / max(self.prefill_s, 1e-9))))
 
     def observe(self, seconds: float, *, num_rows: int, num_prefilled: int) -> None:
@@ -29,7 +39,7 @@ class Pace:
             self.decode_s = _blend(self.decode_s, seconds)
         else:
             own = seconds - (self.decode_s or 0.0) if num_rows else seconds
-            self.prefill_s = _blend(self.prefill_s, max(own, 1e-7) / num_prefilled)
+            self.prefill_s = _blend(self.prefill_s, max(own, 0.0) / num_prefilled)
 
 
 def _blend(old: float | None, new: float) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_manager.inference.engine.attention import AttendingCache
+from mlx_manager.inference.engine.attention import AttendingCache, Sight
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.cache_layout import (
     Group,
@@ -32,16 +32,10 @@ from mlx_manager.inference.engine.cache_layout import (
     prefill_mask,
 )
 from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, is_supported, self_test
+from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
 
 _NARROWEST_TABLE = 8  # blocks
-
-
-@dataclass(frozen=True, slots=True)
-class Sight:
-    """Stands for a mask: a row's token sees itself and those before it, with a `window` as many as that together."""
-
-    window: int | None
 
 
 class RowLayer(AttendingCache):
@@ -260,8 +254,11 @@ class PagedCache:
 
     # ---- passes
 
-    def prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
-        """Queues the keys and values of a stretch of its tokens; no logits are computed."""
+    def prefill(self, chunks: Items[Chunk]) -> list[QueuedPass]:
+        """Queues the keys and values of stretches of prompts; no logits are computed."""
+        return [self._prefill(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
+
+    def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
         chunk = ChunkPass(self._attention, sequence.table, start, stop)
         states = self._states.of(sequence)
         self._run(mx.array([sequence.tokens[start:stop]], dtype=mx.int32), chunk, ChunkLayer, states)

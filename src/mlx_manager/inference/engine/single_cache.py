@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
+from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
 
 _ROOM = 256  # tokens for which mlx-lm makes room at once
@@ -72,7 +73,11 @@ class SingleCache:
     def clear(self) -> None:
         self._rows = []
 
-    def prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
+    def prefill(self, chunks: Items[Chunk]) -> list[QueuedPass]:
+        """Queues stretches of prompts, one after the other; no logits are computed."""
+        return [self._prefill(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
+
+    def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
         caches = self._caches[sequence]
         self._model(mx.array([sequence.tokens[start:stop]], dtype=mx.int32), cache=caches)
         made = [a for cache in caches for a in _arrays(cache)]

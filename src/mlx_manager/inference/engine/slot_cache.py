@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_manager.inference.engine.attention import AttendingCache
+from mlx_manager.inference.engine.attention import AttendingCache, Sight
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.cache_layout import (
     Group,
@@ -27,17 +27,23 @@ from mlx_manager.inference.engine.cache_layout import (
     KeysValues,
     Layer,
     State,
+    UnsupportedCache,
     device_array,
     first_in_sight,
     host_view,
     layout,
     prefill_mask,
 )
+from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
 
 T = TypeVar("T")
 
 _SMALLEST_ROW = 256  # tokens
+# Of passes that several prompts share, in tokens with their padding: up to the first padding costs little, as the weights are read in
+# any case; beyond the second a wider pass gains nothing.
+_SMALL_PASS = 64
+_LARGE_PASS = 1024
 
 
 class PrefillCache:
@@ -60,6 +66,49 @@ class PrefillCache:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any):
         past = self.offset - first_in_sight(self.offset, self.window)
         return prefill_mask(N, past, window_size or self.window, return_array)
+
+
+class PrefillRows(AttendingCache):
+    """One layer's stretches of several prompts in one pass: each the beginning of a row, whose rest nobody looks at."""
+
+    def __init__(self, caches: list[PrefillCache], lengths: list[int], positions: mx.array) -> None:
+        self.offset = positions
+        self._caches = caches
+        self._lengths = lengths
+        self._num_before = [cache.offset - first_in_sight(cache.offset, cache.window) for cache in caches]
+        self._new = sum(cache.offset == 0 for cache in caches)  # they are the first rows
+        self._own: KeysValues | None = None
+        self._in_sight: list[KeysValues] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        self._own = keys, values
+        self._in_sight = [
+            cache.update_and_fetch(keys[row : row + 1, :, :length], values[row : row + 1, :, :length])
+            for row, (cache, length) in enumerate(zip(self._caches, self._lengths, strict=True))
+        ]
+        return keys, values
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Sight:
+        if return_array:
+            raise UnsupportedCache("it computes on masks")
+        return Sight(window_size or self._caches[0].window)
+
+    def attend(self, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
+        assert self._own is not None
+        window = self._caches[0].window if mask is None else mask.window
+
+        def attended(queries: mx.array, keys: mx.array, values: mx.array, num_before: int) -> mx.array:
+            mask = prefill_mask(queries.shape[2], num_before, window, return_array=False)
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+        rows: list[mx.array] = []
+        if self._new:  # what comes after a row's end looks back, and nothing looks at it
+            rows.append(attended(queries[: self._new], self._own[0][: self._new], self._own[1][: self._new], 0))
+        for row in range(self._new, len(self._lengths)):
+            length = self._lengths[row]
+            one = attended(queries[row : row + 1, :, :length], *self._in_sight[row], self._num_before[row])
+            rows.append(mx.pad(one, [(0, 0), (0, 0), (0, queries.shape[2] - length), (0, 0)]))
+        return mx.concatenate(rows) if len(rows) > 1 else rows[0]
 
 
 class GatheringCache:
@@ -359,8 +408,30 @@ class SlotCache:
 
     # ---- passes
 
-    def prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedChunk:
-        """Queues the keys and values of a stretch of its tokens; no logits are computed."""
+    def prefill(self, chunks: Items[Chunk]) -> list[QueuedChunk]:
+        """Queues the keys and values of stretches of prompts, in as few passes as pays; no logits are computed."""
+        if self.needs_states or not issubclass(self._handle, AttendingCache):
+            return [self._prefill(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
+        queued: dict[Chunk, QueuedChunk] = {}
+        for group in together(chunks):
+            if len(group) == 1:
+                queued[group[0]] = self._prefill(group[0].sequence, group[0].start, group[0].stop)
+            else:
+                queued |= self._prefill_together(group)
+        return [queued[chunk] for chunk in chunks]
+
+    def _prefill_together(self, group: list[Chunk]) -> dict[Chunk, QueuedChunk]:
+        lengths = [chunk.stop - chunk.start for chunk in group]
+        tokens = np.zeros((len(group), max(lengths)), np.int32)
+        for row, chunk in enumerate(group):
+            tokens[row, : lengths[row]] = chunk.sequence.tokens[chunk.start : chunk.stop]
+        positions = mx.array([chunk.start for chunk in group], dtype=mx.int32)
+        of_rows = [self._prefilling[chunk.sequence] for chunk in group]
+        layers = [PrefillRows(list(caches), lengths, positions) for caches in zip(*of_rows, strict=True)]
+        self._run(mx.array(tokens), layers, [])
+        return {chunk: QueuedChunk([a for cache in caches for a in cache.parts[-1]]) for chunk, caches in zip(group, of_rows, strict=True)}
+
+    def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedChunk:
         caches, states = self._prefilling[sequence], self._states.of(sequence)
         self._run(mx.array([sequence.tokens[start:stop]], dtype=mx.int32), caches, states)
         made = [a for cache in caches for a in cache.parts[-1]] + [a for cache in states for a in cache.cache if a is not None]
@@ -512,6 +583,22 @@ def _between(parts: list[mx.array], start: int, stop: int) -> np.ndarray:
             pieces.append(host_view(part)[0, :, max(0, start - at) : stop - at])
         at += length
     return np.concatenate(pieces, axis=1)
+
+
+def together(chunks: Items[Chunk]) -> list[list[Chunk]]:
+    """Which chunks share a pass: of similar length, as rows are padded to the longest; those that begin a prompt first. Pure."""
+    groups: list[list[Chunk]] = []
+    for chunk in sorted(chunks, key=lambda c: c.start - c.stop):
+        length = chunk.stop - chunk.start
+        if groups:
+            group = groups[-1]
+            padded = (len(group) + 1) * (group[0].stop - group[0].start)
+            wanted = sum(c.stop - c.start for c in group) + length
+            if padded <= _SMALL_PASS or (padded <= _LARGE_PASS and 4 * padded <= 5 * wanted):
+                group.append(chunk)
+                continue
+        groups.append([chunk])
+    return [sorted(group, key=lambda c: c.start > 0) for group in groups]
 
 
 def _pair(both: Iterable[T]) -> tuple[T, T]:

@@ -14,6 +14,8 @@ class KeepsNothing:
     allocated_bytes = 0
     state_bytes = 0
 
+    def start(self, pending: Any) -> None: ...
+
     def save(self, sequence: Sequence, index: int, block: int, pending: Any) -> None:
         assert block in sequence.table
 

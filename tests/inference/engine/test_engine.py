@@ -413,6 +413,8 @@ class Broken:
     def step(self) -> None:
         raise RuntimeError("broken")
 
+    def flush(self) -> None: ...
+
 
 async def test_an_engine_that_fails_in_its_turn_takes_no_turns_from_others(own_device: Device) -> None:
     broken = Broken()

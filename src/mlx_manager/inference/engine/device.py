@@ -26,6 +26,10 @@ class Steppable(Protocol):
 
     def step(self) -> None: ...
 
+    def flush(self) -> None:
+        """Lets nobody wait for what is done while others have their turns."""
+        ...
+
 
 class Device:
     """Starts with `start`, ends with `stop`. `post` and `run` may be called from any thread."""
@@ -88,9 +92,11 @@ class Device:
 
     def _loop(self) -> None:
         while self._empty_inbox(wait=not any(engine.has_work for engine in self._engines)):
-            for engine in list(self._engines):
-                if engine.has_work:
-                    _guarded(engine.step)
+            working = [engine for engine in self._engines if engine.has_work]
+            for engine in working:
+                _guarded(engine.step)
+                if len(working) > 1 or not self._inbox.empty():
+                    _guarded(engine.flush)
         self._engines.clear()
         self._ended.set()
         threading.Event().wait()

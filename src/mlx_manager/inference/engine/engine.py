@@ -49,6 +49,7 @@ class ForwardPasses(Protocol):
     def state_bytes(self) -> int: ...
 
     def queue(self, plan: Plan) -> PendingStep: ...
+    def start(self, pending: Any) -> None: ...
     def read(self, pending: Any) -> list[Token | None]: ...
     def save(self, sequence: Sequence, index: int, block: int, pending: Any) -> None: ...
     def drop(self, block: int) -> None: ...
@@ -184,6 +185,7 @@ class Engine:
         self._disk = disk
         self._check_every = check_every
         self._recent = RecentTokens()
+        self._deliveries: list[Delivery] = []  # read and not handed over yet
         self._fetching: dict[Sequence, list[Fetched]] = {}  # who waits for blocks from the disk, with those that have come
         self._streams: dict[Sequence, TokenStream] = {}
         self._pending: PendingStep | None = None
@@ -282,34 +284,45 @@ class Engine:
         return self._scheduler.has_work or self._pending is not None
 
     def step(self) -> None:
-        """Queues the next pass, then reads the one before. A fault fails what is under way; the engine goes on."""
-        deliveries: list[Delivery] = []
+        """Queues the next step, then reads the one before. A fault fails what is under way; the engine goes on."""
         try:
-            self._advance(deliveries)
+            self._advance()
         except Exception as error:
             log.exception("the engine failed; the requests it was serving are told")
             self.counters.faults += 1
             fault = EngineFault("The engine failed while it was working on this request.")
             fault.__cause__ = error
-            deliveries += self._fail_all(fault)
+            self._deliveries += self._fail_all(fault)
+        if self._ahead or not self.has_work:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands over what has been read. Between two steps that are read at once it waits until the second is described: until then this
+        thread and the event loop's would only wait for each other."""
+        deliveries, self._deliveries = self._deliveries, []
         self._hand_over(deliveries)
 
-    def _advance(self, deliveries: list[Delivery]) -> None:
+    def _advance(self) -> None:
         now = time.monotonic()
         for sequence in self._scheduler.expired(now):
-            deliveries.append((self._streams[sequence], TimedOut("The request took longer than it may.")))
-            self._drop_stream(self._streams[sequence])
+            if stream := self._streams.get(sequence):
+                self._deliveries.append((stream, TimedOut("The request took longer than it may.")))
+                self._drop_stream(stream)
         plan = self._scheduler.plan(now, self._budget())
-        queued_at = time.monotonic()
         queued = None if plan.is_empty else self._runner.queue(plan)
         self.counters.prefilled_tokens += sum(chunk.stop - chunk.start for chunk in plan.prefill)
         self.counters.cached_tokens += sum(s.num_computed for s in plan.admitted) + sum(f.child.num_computed for f in plan.forks)
+        queued_at = time.monotonic()
+        if queued is not None:
+            if not self._ahead:
+                self.flush()
+            self._runner.start(queued)
         if self._ahead:
             pending, self._pending = self._pending, queued
         else:
             pending, self._queued_at = queued, queued_at
         if pending is not None:
-            self._read(pending, deliveries)
+            self._read(pending)
         self._queued_at = queued_at
         if self._pending is None and not self._scheduler.running:
             self._runner.clear()
@@ -325,19 +338,19 @@ class Engine:
             decoding = []
         return self._pace.budget(num_decoding=len(decoding), num_prefilling=len(prefilling))
 
-    def _read(self, pending: PendingStep, deliveries: list[Delivery]) -> None:
+    def _read(self, pending: PendingStep) -> None:
         tokens = self._runner.read(pending)
         self._note_time(pending)
         self.counters.decode_steps += bool(pending.rows)
         for sequence, token in zip(pending.rows, tokens, strict=True):
             if sequence is not None and token is not None and not sequence.finished:  # else its surplus token
-                self._take(sequence, token, deliveries)
+                self._take(sequence, token)
         for sequence in dict.fromkeys([*(chunk.sequence for chunk, _ in pending.chunks), *(s for s in pending.rows if s is not None)]):
             self._publish(sequence, pending)
         if self._check_every and self.counters.decode_steps % self._check_every == 0:
             self.check_integrity()
 
-    def _take(self, sequence: Sequence, token: Token, deliveries: list[Delivery]) -> None:
+    def _take(self, sequence: Sequence, token: Token) -> None:
         stream = self._streams[sequence]
         reason: EndReason | None = "stop" if token.token in sequence.spec.stop_tokens else None
         if reason is None:
@@ -345,14 +358,14 @@ class Engine:
                 sequence.first_token = time.monotonic()
             sequence.tokens.append(token.token)
             self.counters.decoded_tokens += 1
-            deliveries.append((stream, token))
+            self._deliveries.append((stream, token))
             if sequence.num_generated == sequence.spec.max_tokens:
                 reason = "length"
         if reason is not None:
             # What it has computed stays findable: the next turn of a conversation begins with it.
             self._publish(sequence, None)
             self._drop(sequence)
-            deliveries.append((stream, Ended(sequence.index, reason, sequence.timing())))
+            self._deliveries.append((stream, Ended(sequence.index, reason, sequence.timing())))
 
     def _publish(self, sequence: Sequence, pending: PendingStep | None) -> None:
         chunks = () if pending is None else pending.chunks

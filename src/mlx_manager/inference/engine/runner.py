@@ -69,10 +69,10 @@ class Pending:
     step: Queued | None
     chunks: tuple[tuple[Chunk, Queued], ...]
 
-    def arrays(self) -> list[mx.array]:
-        sampled = [] if self.sampled is None else self.sampled.arrays()
-        step = [] if self.step is None else self.step.arrays()
-        return sampled + step + [a for _, queued in self.chunks for a in queued.arrays()]
+    def parts(self) -> list[list[mx.array]]:
+        """What has to be computed, in this order."""
+        decode = [] if self.sampled is None or self.step is None else [self.sampled.arrays() + self.step.arrays()]
+        return decode + [queued.arrays() for _, queued in self.chunks]
 
 
 class Runner:
@@ -97,7 +97,7 @@ class Runner:
         return self.cache.state_bytes
 
     def queue(self, plan: Plan) -> Pending:
-        """Queues all passes of a plan; waits for nothing."""
+        """Describes all passes of a plan; `start` has them computed."""
         for sequence in plan.preempted:
             self.cache.forget(sequence)
         for sequence in plan.admitted:
@@ -106,16 +106,21 @@ class Runner:
             self.cache.fork(fork.child, fork.parent, fork.source, fork.target)
         rows, positions, sampled, step = self._decode(plan.decode) if plan.decode else ((), (), None, None)
         made = self.cache.prefill(plan.prefill) if plan.prefill else []
-        for chunk, queued in zip(plan.prefill, made, strict=True):
+        for chunk in plan.prefill:
             chunk.sequence.num_queued = chunk.stop
-            mx.async_eval(queued.arrays())
         chunks = zip(plan.prefill, made, strict=True)
         self._pending = Pending(rows, positions, sampled, step, tuple(chunks))
         return self._pending
 
+    def start(self, pending: Pending) -> None:
+        """Queues what was described on the device, decoding first. On the CPU this takes as long as computing it, without the
+        interpreter's lock."""
+        for arrays in pending.parts():
+            mx.async_eval(arrays)
+
     def read(self, pending: Pending) -> list[Token | None]:
         """Waits for a queued step. One token for each of its rows that anybody waits for."""
-        mx.eval(pending.arrays())
+        mx.eval(pending.parts())
         if self._pending is pending:
             self._pending = None
         if pending.step is not None:
@@ -165,7 +170,6 @@ class Runner:
         assert self._inputs is not None
         logits, step = self.cache.forward(self._inputs)
         sampled = self._sampler.sample(logits)
-        mx.async_eval(sampled.arrays() + step.arrays())
         self._inputs = sampled.tokens
         positions = tuple(0 if s is None else s.num_queued for s in self._rows)
         for sequence in wanted:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -21,6 +22,7 @@ from mlx_manager.core.errors import EngineFault
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
 from mlx_manager.hub.local import find_models, hub_cache_folder
+from mlx_manager.inference.blas import keep_freed_memory
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.loader import EngineLimits, import_libraries
 from mlx_manager.inference.pool import Pool
@@ -154,9 +156,15 @@ class Server(uvicorn.Server):
             self._services.pool.abort(EngineFault("The server is shutting down."))
 
 
+# How long the event loop and the device thread keep the interpreter from each other: a step of a small model takes a few milliseconds.
+_SWITCH_INTERVAL_S = 0.001
+
+
 def serve(config: Config) -> None:
     """Runs until a signal."""
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every start that it did nothing
     telemetry.configure_logfire()
+    keep_freed_memory()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     Server(build(config), config).run()

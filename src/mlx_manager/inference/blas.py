@@ -54,6 +54,21 @@ def use_fast_blas() -> Blas:
     return Blas("reference", None, "; ".join(failures))
 
 
+def keep_freed_memory() -> None:
+    """Linux: has the C library keep what is freed for the next allocation. MLX frees and allocates its CPU buffers with every
+    operation, and large ones would go back to the system and be cleared anew each time: a tenth of the time of a small model's step."""
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_TOP_PAD, 64 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
 def _bundled() -> list[Path]:
     """The library in the opencv-python wheel, beside its `cv2`; its own libraries lie next to it and are found by their rpath."""
     spec = importlib.util.find_spec("cv2")

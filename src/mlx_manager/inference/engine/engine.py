@@ -158,7 +158,7 @@ class Engine:
 
     One step ahead: step N + 1 is queued before the tokens of step N are read, so the device does not wait for the host.
     A sequence that turns out to have ended at N has a surplus token in N + 1, which is dropped. Where the device is the CPU there is
-    nothing to overlap (queueing a step takes as long as computing it), and tokens would only come a step later: it is read at once.
+    nothing to overlap (queueing a step takes as long as computing it), and tokens would only come a step later: a step is read at once.
     """
 
     def __init__(
@@ -308,24 +308,46 @@ class Engine:
             if stream := self._streams.get(sequence):
                 self._deliveries.append((stream, TimedOut("The request took longer than it may.")))
                 self._drop_stream(stream)
-        plan = self._scheduler.plan(now, self._budget())
-        queued = None if plan.is_empty else self._runner.queue(plan)
-        self.counters.prefilled_tokens += sum(chunk.stop - chunk.start for chunk in plan.prefill)
-        self.counters.cached_tokens += sum(s.num_computed for s in plan.admitted) + sum(f.child.num_computed for f in plan.forks)
-        queued_at = time.monotonic()
-        if queued is not None:
-            if not self._ahead:
-                self.flush()
-            self._runner.start(queued)
         if self._ahead:
-            pending, self._pending = self._pending, queued
+            self._overlap()
         else:
-            pending, self._queued_at = queued, queued_at
+            self._in_turn()
+        if self._pending is None and not self._scheduler.running:
+            self._runner.clear()
+
+    def _overlap(self) -> None:
+        """Queues a step, then reads the one before."""
+        plan = self._plan(self._budget())
+        queued_at = time.monotonic()
+        queued = None if plan.is_empty else self._runner.queue(plan)
+        if queued is not None:
+            self._runner.start(queued)
+        pending, self._pending = self._pending, queued
         if pending is not None:
             self._read(pending)
         self._queued_at = queued_at
-        if self._pending is None and not self._scheduler.running:
-            self._runner.clear()
+
+    def _in_turn(self) -> None:
+        """Computes prompts, then decodes, those included whose prompts are complete now."""
+        plan = self._plan(self._budget())
+        if plan.prefill:
+            self._run(replace(plan, decode=()))
+            plan = self._plan(0)
+        if not plan.is_empty:
+            self._run(plan)
+
+    def _run(self, plan: Plan) -> None:
+        queued = self._runner.queue(plan)
+        self.flush()
+        self._queued_at = time.monotonic()
+        self._runner.start(queued)
+        self._read(queued)
+
+    def _plan(self, budget: int) -> Plan:
+        plan = self._scheduler.plan(time.monotonic(), budget)
+        self.counters.prefilled_tokens += sum(chunk.stop - chunk.start for chunk in plan.prefill)
+        self.counters.cached_tokens += sum(s.num_computed for s in plan.admitted) + sum(f.child.num_computed for f in plan.forks)
+        return plan
 
     def _budget(self) -> int:
         """Prompt tokens for the next step. Those who decode do not count for who is more urgent than all of them."""

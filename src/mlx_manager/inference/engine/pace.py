@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 # Weight of the newest measurement; a step is tens of milliseconds, so this follows a change within a second.
 _NEWEST = 0.2
+_SLOWER = 0.5
 _SMALLEST = 32  # tokens: a block; below that a pass costs more than it computes
 
 
@@ -22,6 +23,7 @@ class Pace:
     target_s: float
     decode_s: float | None = None  # of a step that only decodes
     prefill_s: float | None = None  # a prompt token
+    _last: int = 0  # prompt tokens of the newest step that had any
 
     def budget(self, *, num_decoding: int, num_prefilling: int) -> int:
         if num_decoding == 0:
@@ -31,16 +33,24 @@ class Pace:
         decode_s = self.decode_s or 0.0
         crowded = min(1.0 + num_prefilling / num_decoding, _MOST_CROWDED)
         left = crowded * max(self.target_s, _STRETCH * decode_s) - decode_s
-        return max(min(_SMALLEST, self.max_budget), min(self.max_budget, int(left / max(self.prefill_s, 1e-9))))
+        # What has not been seen is not trusted: a budget grows step by step.
+        most = min(self.max_budget, max(4 * _SMALLEST, 2 * self._last))
+        return max(min(_SMALLEST, self.max_budget), min(most, int(left / max(self.prefill_s, 1e-9))))
 
     def observe(self, seconds: float, *, num_rows: int, num_prefilled: int) -> None:
         """A step took this long, from when the device began with it."""
         if num_prefilled == 0:
             self.decode_s = _blend(self.decode_s, seconds)
-        else:
-            own = seconds - (self.decode_s or 0.0) if num_rows else seconds
-            self.prefill_s = _blend(self.prefill_s, max(own, 0.0) / num_prefilled)
+            return
+        own = seconds - (self.decode_s or 0.0) if num_rows else seconds
+        if own > 0.1 * seconds:  # else the rows took longer before than now, and nothing can be said of the prompt
+            self.prefill_s = _blend(self.prefill_s, own / num_prefilled)
+        self._last = num_prefilled
 
 
 def _blend(old: float | None, new: float) -> float:
-    return new if old is None else (1 - _NEWEST) * old + _NEWEST * new
+    """What takes longer than was thought is believed sooner."""
+    if old is None:
+        return new
+    weight = _SLOWER if new > old else _NEWEST
+    return (1 - weight) * old + weight * new

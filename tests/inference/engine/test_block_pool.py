@@ -237,3 +237,31 @@ def test_whatever_is_done_no_block_is_lost_and_nothing_is_found_that_was_forgott
         assert all(pool.is_shared(b) == (held.count(b) > 1 or b in findable.values()) for b in held)
         assert pool.num_held == len(set(held))
         pool.check_integrity([held])
+
+
+def test_a_content_that_can_be_resumed_from_takes_the_place_of_one_that_cannot_unless_somebody_holds_that() -> None:
+    forgotten: list[int] = []
+    pool = BlockPool(6, on_forget=lambda block, _: forgotten.append(block))
+    first, second = allocate(pool), allocate(pool)
+    assert pool.publish(first, content(1, resumable=False))
+    assert not pool.publish(second, content(1)), "the first is held"
+    pool.release(first)
+    assert pool.publish(second, content(1))
+    assert find(pool, 1) == second
+    assert forgotten == [first]
+    pool.check_integrity([[second]])
+
+
+def test_what_can_be_resumed_from_gives_way_first_where_states_take_too_much() -> None:
+    pool = BlockPool(6)
+    plain = allocate(pool)
+    assert pool.publish(plain, content(1, resumable=False))
+    pool.release(plain)
+    older, newer = cached(pool, 2, 3)
+    assert pool.evict_resumable()
+    assert [find(pool, n) for n in (1, 2, 3)] == [plain, None, newer]
+    assert pool.evict_resumable()
+    assert not pool.evict_resumable()
+    assert older != newer
+    assert pool.num_evictions == 2
+    pool.check_integrity([])

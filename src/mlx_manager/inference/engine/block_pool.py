@@ -114,9 +114,7 @@ class BlockPool:
         if known is not None:
             if not content.resumable or self._content[known].resumable or known not in self._cached:
                 return False
-            del self._cached[known]
-            self._forget(known)
-            self._free.append(known)
+            self._free_cached(known)
         self._content[block] = content
         self._by_digest[content.digest] = block
         return True
@@ -129,9 +127,7 @@ class BlockPool:
         """Frees up to this many cached blocks, least recently used first; how many it freed."""
         evicted = 0
         while evicted < num_blocks and self._cached:
-            block, _ = self._cached.popitem(last=False)
-            self._forget(block)
-            self._free.append(block)
+            self._free_cached(next(iter(self._cached)))
             evicted += 1
         self.num_evictions += evicted
         return evicted
@@ -140,9 +136,7 @@ class BlockPool:
         """Frees the least recently used cached block that can be resumed from: the state that it stands for takes memory of its own."""
         for block in self._cached:
             if self._content[block].resumable:
-                del self._cached[block]
-                self._forget(block)
-                self._free.append(block)
+                self._free_cached(block)
                 self.num_evictions += 1
                 return True
         return False
@@ -151,6 +145,11 @@ class BlockPool:
         """Everything findable, the least recently used first, what is held last."""
         held = [b for b in self._content if b not in self._cached]
         return [(block, self._content[block]) for block in (*self._cached, *held)]
+
+    def _free_cached(self, block: int) -> None:
+        del self._cached[block]
+        self._forget(block)
+        self._free.append(block)
 
     def _forget(self, block: int) -> None:
         content = self._content[block]

@@ -2,9 +2,10 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -265,6 +266,23 @@ async def test_one_of_two_sequences_can_be_cancelled(engine: Engine) -> None:
             elif isinstance(item, Token):
                 kept.append(item.token)
     assert kept == list(range(501, 531))
+
+
+async def test_an_event_loop_is_woken_once_for_all_that_comes_until_it_looks(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    """Steps can be shorter than a turn of the event loop, which reads its wake-ups until there are none."""
+    loop = asyncio.get_running_loop()
+    wake, num_wakes = loop.call_soon_threadsafe, 0
+
+    def counted(*args: Any, **kwargs: Any) -> asyncio.Handle:
+        nonlocal num_wakes
+        num_wakes += 1
+        return wake(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    stream = engine.submit([asking(100, max_tokens=200)])
+    time.sleep(0.5)  # noqa: ASYNC251 - the loop does not look
+    assert num_wakes == 1
+    assert await within(tokens_of(stream)) == list(range(101, 301))
 
 
 async def test_cancelling_twice_or_after_the_end_does_nothing(device: Device, engine: Engine) -> None:

@@ -123,6 +123,30 @@ class TokenStream(AsyncIterator[Token | Ended]):
 
 Delivery = tuple[TokenStream, Item]
 
+
+class Mailbox:
+    """What is on its way to one event loop. The loop is woken once for all that has come until it looks: woken at every step, it would
+    never see the end of its wake-ups where steps are short."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: deque[Delivery] = deque()
+        self._has_woken = False
+
+    def put(self, deliveries: list[Delivery]) -> None:
+        """From any thread. Raises `RuntimeError` if the loop is closed."""
+        self._items.extend(deliveries)
+        if not self._has_woken:
+            self._has_woken = True
+            self._loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._has_woken = False  # before looking: what comes from now on wakes again
+        while self._items:
+            stream, item = self._items.popleft()
+            stream.deliver(item)
+
+
 # Of a plain SSD, so that nothing is read that is computed sooner.
 _DISK_BYTES_PER_S = 500e6
 
@@ -188,6 +212,7 @@ class Engine:
         self._deliveries: list[Delivery] = []  # read and not handed over yet
         self._fetching: dict[Sequence, list[Fetched]] = {}  # who waits for blocks from the disk, with those that have come
         self._streams: dict[Sequence, TokenStream] = {}
+        self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._pending: PendingStep | None = None
         self._queued_at = 0.0  # when the pending step was queued
         self._read_at = 0.0  # when the step before had been read: the device began with the pending one then, or when it was queued
@@ -494,18 +519,17 @@ class Engine:
             self.counters.fetched_blocks += 1
 
     def _hand_over(self, deliveries: list[Delivery]) -> None:
-        """All of a step's items cross to their event loop in one call. Work for a loop that is gone is dropped."""
+        """All of a step's items cross to their event loop together. Work for a loop that is gone is dropped."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
         for delivery in deliveries:
             by_loop.setdefault(delivery[0].loop, []).append(delivery)
         for loop, batch in by_loop.items():
-
-            def deliver(batch: list[Delivery] = batch) -> None:
-                for stream, item in batch:
-                    stream.deliver(item)
-
+            mailbox = self._mailboxes.get(loop)
+            if mailbox is None:
+                mailbox = self._mailboxes[loop] = Mailbox(loop)
             try:
-                loop.call_soon_threadsafe(deliver)
+                mailbox.put(batch)
             except RuntimeError:  # the loop is closed; asking first would leave a moment in which it closes
+                del self._mailboxes[loop]
                 for sequence in [s for s, stream in self._streams.items() if stream.loop is loop]:
                     self._drop(sequence)

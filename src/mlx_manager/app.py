@@ -26,7 +26,9 @@ from mlx_manager.inference.blas import keep_freed_memory
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.loader import EngineLimits, import_libraries
 from mlx_manager.inference.pool import Pool
+from mlx_manager.protocols.seal import Seal
 from mlx_manager.storage.database import Database
+from mlx_manager.storage.key_file import read_or_make_key
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ def build_services(config: Config) -> Services:
         max_requests=config.max_concurrent_requests,
         listeners=(metrics.record, telemetry.trace_exchange),
     )
-    return Services(config, device, pool, gateway, Database(config.database_path), metrics)
+    seal = Seal(read_or_make_key(config.reasoning_key_path))
+    return Services(config, device, pool, gateway, Database(config.database_path), metrics, seal)
 
 
 @asynccontextmanager

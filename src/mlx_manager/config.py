@@ -83,5 +83,10 @@ class Config(BaseSettings):
         return self.data_dir / "prefixes"
 
     @property
+    def reasoning_key_path(self) -> Path:
+        """Of the key that signs reasoning on its way out, so that it is known when it comes back."""
+        return self.data_dir / "reasoning.key"
+
+    @property
     def database_path(self) -> Path:
         return self.data_dir / "mlx-manager.db"

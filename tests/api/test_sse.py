@@ -13,8 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_manager.api.middleware import BodyLimit, RequestId
 from mlx_manager.api.server_protocol import ReceiptDeadlines, ReceiptLimits, receipt_deadlines
-from mlx_manager.api.sse import DONE, ClientGone, EventStream, data, event, until_disconnect
+from mlx_manager.api.sse import ClientGone, EventStream, data, event, until_disconnect
 from tests.api.served import Served, cut, is_closed, read_reply, request, serve, wait_until
+
+DONE = data(b"[DONE]")
 
 POST = request("POST", "/v1/chat/completions", body=b'{"a": 1}')
 
@@ -71,7 +73,6 @@ def numbered(number: int) -> bytes:
 def test_framing() -> None:
     assert data(b"{}") == b"data: {}\n\n"
     assert event("ping", b"{}") == b"event: ping\ndata: {}\n\n"
-    assert DONE == b"data: [DONE]\n\n"
 
 
 def test_a_stream_arrives_whole_and_the_connection_is_used_again(loop: str) -> None:

@@ -1,5 +1,6 @@
 """What an OpenAI client sends → what it wants: absent is not zero, and nothing but `InvalidField` comes of nonsense."""
 
+import base64
 import json
 from contextlib import suppress
 from typing import Any
@@ -9,8 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import ToolCall
-from mlx_manager.core.requests import Conversation, GenerationRequest, RawPrompt
+from mlx_manager.core.messages import Image, ToolCall
+from mlx_manager.core.requests import (
+    AnyJson,
+    Conversation,
+    GenerationRequest,
+    Grammar,
+    JsonSchema,
+    OneOf,
+    OutputFormat,
+    RawPrompt,
+    Reasoning,
+    Regex,
+    ToolChoice,
+)
 from mlx_manager.protocols.openai.requests import read_chat, read_completion
 from mlx_manager.protocols.openai.schema import CHAT_FIELDS, COMPLETION_FIELDS
 
@@ -48,8 +61,8 @@ def test_empty_values_are_answers_too() -> None:
     assert chat(logprobs=False).num_top_logprobs is None
     assert chat(logprobs=True).num_top_logprobs == chat(logprobs=True, top_logprobs=0).num_top_logprobs == 0
     assert not chat(parallel_tool_calls=False).parallel_tool_calls
-    assert conversation(enable_thinking=False).template_options == {"enable_thinking": False}
-    assert conversation().template_options == {}
+    assert conversation(enable_thinking=False).reasoning == Reasoning(enabled=False)
+    assert conversation().reasoning == Reasoning()
     reasoned = {"role": "assistant", "content": None, "reasoning_content": "", "reasoning": "other"}
     assert conversation(messages=[reasoned]).messages[0].reasoning == ""
     assert read_completion(b'{"model": "m", "prompt": "", "logprobs": 0}').request.num_top_logprobs == 0
@@ -82,6 +95,116 @@ def test_history_keeps_its_order_and_its_calls_as_they_were_written() -> None:
     assert [m.content for m in messages] == ["Be kind.", "one, two", "", "21", "In between.", "No."]
     assert messages[2].tool_calls == (ToolCall("call_1", "f", '{"b": 1.0, "a": "é"}'),)
     assert messages[3].tool_call_id == "call_1"
+
+
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+NAMED = {"type": "function", "function": {"name": "g"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        (None, ToolChoice()),
+        ("auto", ToolChoice()),
+        ("none", ToolChoice("none")),
+        ("required", ToolChoice("required")),
+        (NAMED, ToolChoice("required", ("g",))),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}, ToolChoice("auto", ("g",))),
+    ],
+)
+def test_every_choice_among_tools_is_read(given: Any, chosen: ToolChoice) -> None:
+    assert conversation(tools=TOOLS, tool_choice=given).tool_choice == chosen
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": NAMED}, "tool_choice.function.name"),
+        ({"tools": TOOLS[:1], "tool_choice": NAMED}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
+    ],
+)
+def test_a_choice_among_tools_that_are_not_there_is_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(**fields)
+    assert refused.value.param == param
+
+
+SCHEMA = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "output", "where"),
+    [
+        ({"response_format": {"type": "text"}}, None, "response_format"),
+        ({"response_format": {"type": "json_object"}}, AnyJson(), "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}},
+            JsonSchema(SCHEMA, strict=True),
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+            JsonSchema(SCHEMA, strict=False),
+            "response_format.json_schema.schema",
+        ),
+        ({"guided_json": SCHEMA}, JsonSchema(SCHEMA), "guided_json"),
+        ({"guided_json": '{"type": "object"}'}, JsonSchema(SCHEMA), "guided_json"),
+        ({"structured_outputs": {"json": SCHEMA}}, JsonSchema(SCHEMA), "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "a+"}}, Regex("a+"), "structured_outputs.regex"),
+        ({"guided_choice": ["a", "b"]}, OneOf(("a", "b")), "guided_choice"),
+        ({"guided_grammar": 'start: "a"'}, Grammar('start: "a"'), "guided_grammar"),
+    ],
+)
+def test_every_form_that_an_answer_can_have_is_read(fields: dict[str, Any], output: OutputFormat | None, where: str) -> None:
+    assert (chat(**fields).output, chat(**fields).output_field) == (output, where)
+
+
+def test_two_forms_at_once_are_refused() -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(guided_regex="a", structured_outputs={"choice": ["a"]})
+    assert refused.value.param in ("guided_regex", "structured_outputs.choice")
+
+
+def test_what_is_said_of_reasoning_is_read_and_a_field_counts_before_a_template_option() -> None:
+    options = {"enable_thinking": True, "reasoning_effort": "low", "thinking_budget": 7}
+    assert conversation(chat_template_kwargs=options).reasoning == Reasoning(enabled=True, effort="low", budget=7)
+    assert conversation(chat_template_kwargs=options, enable_thinking=False, thinking_budget=0).reasoning == Reasoning(False, "low", 0)
+    for param, value in {"x": 1, "thinking_budget": "7", "reasoning_effort": "lots"}.items():
+        with pytest.raises(InvalidField) as refused:
+            chat(chat_template_kwargs={param: value})
+        assert refused.value.param == f"chat_template_kwargs.{param}"
+
+
+def test_pictures_stay_where_they_were_in_the_text() -> None:
+    url = "data:image/png;base64," + base64.b64encode(b"picture").decode()
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "b"}]
+    (message,) = conversation(messages=[{"role": "user", "content": parts}]).messages
+    assert message.content == ("a", Image(b"picture"), "b")
+    assert message.images[0].where == "messages[0].content[1].image_url"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.com/a.png", "file:///etc/passwd", "data:image/png,abc", "data:text/html;base64,YQ==", "x", ""]
+)
+def test_a_picture_that_is_none_is_refused_by_its_field(url: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+    assert refused.value.param == "messages[0].content[0].image_url"
+
+
+def test_the_text_of_a_file_is_read() -> None:
+    def content(**file: str) -> Any:
+        return conversation(messages=[{"role": "user", "content": [{"type": "file", "file": file}]}]).messages[0].content
+
+    data = base64.b64encode("é".encode()).decode()
+    assert content(file_data=data) == content(file_data=f"data:text/plain;base64,{data}") == "é"
+    assert content(file_data=data, filename="a.txt") == "a.txt:\né"
+    for wrong in ({"file_id": "x"}, {"file_data": base64.b64encode(b"%PDF\xff").decode()}):
+        with pytest.raises(InvalidField, match="file"):
+            content(**wrong)
 
 
 def test_prompts_of_every_kind_are_read() -> None:

@@ -13,7 +13,7 @@ def test_what_cannot_happen_has_a_log_probability_that_json_can_write() -> None:
     chat = ChatWriter("id", "m", 0, "f", num_choices=1)
     completion = CompletionWriter("id", "m", 0, "f", num_replies=1)
     reply = Reply([Choice(text="a", logprobs=[NEVER], finish=ChoiceFinished("stop"))], Usage())
-    for written in (chat.whole(reply), completion.whole(reply), *chat.chunks(TextDelta("a", logprobs=(NEVER,)))):
+    for written in (chat.whole(reply), completion.whole(reply), *(frame.data for frame in chat.frames(TextDelta("a", logprobs=(NEVER,))))):
         assert "-9999.0" in json.dumps(written, allow_nan=False)
 
 

@@ -1,7 +1,6 @@
 """Core errors → what the client is told. Rendered here and nowhere else."""
 
 import logging
-from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -19,33 +18,17 @@ from mlx_manager.core.errors import (
     Overloaded,
     TimedOut,
 )
+from mlx_manager.protocols.wire import Failure
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """`retry` False: the same request fails again; None leaves it to the client."""
-
-    status: int
-    type_: str
-    code: str | None
-    message: str
-    param: str | None = None
-    retry: bool | None = None
-    retry_after_s: int | None = None
-
-    @property
-    def openai(self) -> dict[str, object]:
-        """The `error` object of OpenAI's envelope."""
-        return {"message": self.message, "type": self.type_, "param": self.param, "code": self.code}
-
-
-def failure(error: Exception) -> Failure:
-    """What a client is told of an error. Anything that is not ours to name is an internal error, and logged."""
+def failure(error: Exception, path: str) -> Failure:
+    """What the client of a path is told of an error. Anything that is not ours to name is an internal error, and logged."""
     match error:
         case ContextTooLong():
-            return Failure(400, "invalid_request_error", "context_length_exceeded", error.message, "messages", retry=False)
+            message, param = _overflow(error, path)
+            return Failure(400, "invalid_request_error", "context_length_exceeded", message, param, retry=False)
         case InvalidField():
             return Failure(400, "invalid_request_error", error.code, error.message, error.param, retry=False)
         case ModelNotFound():
@@ -65,18 +48,25 @@ def failure(error: Exception) -> Failure:
             return Failure(500, "server_error", None, "The server failed to answer this request.")
 
 
+def _overflow(error: ContextTooLong, path: str) -> tuple[str, str]:
+    """Message, in the words that the clients of this path look for, and field."""
+    if path.startswith("/v1/messages"):
+        return f"prompt is too long: {error.tokens} tokens > {error.limit} maximum", "messages"
+    if path.startswith("/v1/responses"):
+        beginning = "Your input exceeds the context window of this model. Please adjust your input and try again."
+        return f"{beginning} This model's maximum context length is {error.limit} tokens; your input is {error.tokens} tokens.", "input"
+    return error.message, {"/v1/completions": "prompt", "/v1/embeddings": "input"}.get(path, "messages")
+
+
 def error_response(request: Request, error: Exception) -> Response:
-    f = failure(error)
-    param = f.param
-    if isinstance(error, ContextTooLong) and request.url.path == "/v1/completions":
-        param = "prompt"
+    f = failure(error, request.url.path)
     return ErrorResponse(
         request.scope,
         f.status,
         f.message,
         type_=f.type_,
         code=f.code,
-        param=param,
+        param=f.param,
         retry=_is_first_try(request) if isinstance(error, EngineFault) else f.retry,
         retry_after_s=f.retry_after_s,
     )

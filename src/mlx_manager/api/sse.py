@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -10,7 +10,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from .server_protocol import reset_connection
 
-DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 _T = TypeVar("_T")
@@ -50,7 +49,7 @@ class EventStream(Response):
 
     The generator is run by one task from its first event to its last, and is closed before the response returns: at its
     end, when the client disconnects, when one write takes longer than `send_timeout_s`, or when the server stops.
-    `keep_alive` is written whenever nothing else was for `keep_alive_s`.
+    What `keep_alive` gives is written whenever nothing else was for `keep_alive_s`.
 
     The generator turns its failures into events. One that escapes all the same reaches the server, which logs it and closes
     the connection without the last chunk, so that the client cannot take it for a finished answer.
@@ -62,7 +61,7 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes],
         *,
-        keep_alive: bytes = KEEP_ALIVE,
+        keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE,
         keep_alive_s: float = 10.0,
         send_timeout_s: float = 30.0,
         headers: Mapping[str, str] | None = None,
@@ -141,7 +140,7 @@ class EventStream(Response):
                 if now - self._write_began >= self._send_timeout_s:
                     raise ClientGone("the client has stopped reading")
             elif now - self._last_write >= self._keep_alive_s:
-                await self._send_in_time(send, _body(self._keep_alive, more=True))
+                await self._send_in_time(send, _body(self._keep_alive(), more=True))
                 self._last_write = clock()
 
 

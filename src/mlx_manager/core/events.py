@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlx_manager.core.requests import ReasoningOption
+
 FinishReason = Literal["stop", "stop_string", "length", "context_full", "tool_calls"]
 
 
@@ -21,11 +23,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request is understood and fits; slow work begins. `prompt_tokens` counts all its prompts; `unused_options` are
-    template options that this model's template does not know."""
+    """The request is understood and fits; slow work begins. `prompt_tokens` counts all its prompts; `unused` says
+    what of `requests.Reasoning` this model has no use for."""
 
     prompt_tokens: int
-    unused_options: tuple[str, ...] = ()
+    unused: tuple[ReasoningOption, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Choice:
 class Reply:
     choices: list[Choice]
     usage: Usage
-    unused_options: tuple[str, ...] = ()
+    unused: tuple[ReasoningOption, ...] = ()
 
 
 async def collect(events: AsyncIterator[Event], num_choices: int = 1) -> Reply:
@@ -128,8 +130,8 @@ async def collect(events: AsyncIterator[Event], num_choices: int = 1) -> Reply:
     reply = Reply([Choice() for _ in range(num_choices)], Usage())
     async for event in events:
         match event:
-            case Started(_, unused_options):
-                reply.unused_options = unused_options
+            case Started(_, unused):
+                reply.unused = unused
             case TextDelta(text, choice, logprobs):
                 target = reply.choices[choice]
                 target.text = (target.text or "") + text

@@ -1,9 +1,21 @@
 """What was said in a conversation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture as the client sent it, not decoded yet. `where` is the field it came in, for who finds something wrong with it."""
+
+    data: bytes
+    where: str = field(default="messages", compare=False)
+
+
+# Text; or, where there are pictures, text and pictures in their order.
+Content = str | tuple[str | Image, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +32,30 @@ class Message:
     """One turn. A tool's result has `tool_call_id`; only an assistant has `reasoning` and `tool_calls`."""
 
     role: Role
-    content: str
+    content: Content
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What is said, without its pictures."""
+        return self.content if isinstance(self.content, str) else "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return () if isinstance(self.content, str) else tuple(part for part in self.content if isinstance(part, Image))
+
+
+def content_of(parts: "list[str | Image]") -> Content:
+    """Parts as they came, in the one form that each content has: text alone is one string."""
+    if all(isinstance(part, str) for part in parts):
+        return "".join(part for part in parts if isinstance(part, str))
+    joined: list[str | Image] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        elif part != "":
+            joined.append(part)
+    return tuple(joined)

@@ -36,21 +36,59 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """A function that the model may call. `parameters` is a JSON Schema."""
+    """A function that the model may call. `parameters` is a JSON Schema; with `strict` the arguments follow it to the letter."""
 
     name: str
     description: str | None = None
     parameters: JsonObject = field(default_factory=_nothing)
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model may call (`auto`), must (`required`) or must not (`none`), and which tools: None is all of them."""
+
+    mode: Literal["auto", "required", "none"] = "auto"
+    names: tuple[str, ...] | None = None
+
+
+ReasoningOption = Literal["enabled", "effort", "budget"]
+REASONING_OPTIONS: tuple[ReasoningOption, ...] = ("enabled", "effort", "budget")
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """How much a model is to think before it answers: at all, how hard, and at most so many tokens."""
+
+    enabled: bool | None = None
+    effort: Effort | None = None
+    budget: int | None = None
+
+    @property
+    def wants_thinking(self) -> bool | None:
+        """Whether to think at all; None: as the model likes."""
+        if self.enabled is not None:
+            return self.enabled
+        if self.effort is not None:
+            return self.effort != "none"
+        return None if self.budget is None else self.budget > 0
+
+    @property
+    def given(self) -> tuple[ReasoningOption, ...]:
+        """What the client said."""
+        return tuple(name for name in REASONING_OPTIONS if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A prompt that a chat template renders."""
+    """A prompt that a chat template renders. With `continues` the reply goes on with the last message, which is the assistant's."""
 
     messages: tuple[Message, ...]
     tools: tuple[ToolSpec, ...] = ()
-    tool_choice: Literal["auto", "none"] = "auto"
-    template_options: JsonObject = field(default_factory=_nothing)
+    tool_choice: ToolChoice = ToolChoice()
+    reasoning: Reasoning = Reasoning()
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +102,47 @@ Prompt = Conversation | RawPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class AnyJson:
+    """A JSON object of any shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonSchema:
+    """JSON that follows `schema`. Not `strict`: what of it can be enforced is."""
+
+    schema: JsonObject | bool
+    strict: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Regex:
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Exactly one of these texts."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Text of a context-free grammar in Lark's notation."""
+
+    lark: str
+
+
+OutputFormat = AnyJson | JsonSchema | Regex | OneOf | Grammar
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """Replies wanted from one model: `num_replies` for each prompt.
 
     Choices are numbered prompt by prompt: choice `p * num_replies + i` is reply `i` to prompt `p`.
+    `max_tokens` 0 computes the prompts and replies nothing. `output` is the form that the answer (not the reasoning) must have, and
+    `output_field` the field that asked for it.
     `num_top_logprobs` None: no log probabilities; 0: those of the chosen tokens; k: the k likeliest as well.
     The server says, not the client: `priority`, the `client` who shares fairly with others, and `timeout_s` for the whole reply.
     """
@@ -79,6 +154,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     num_replies: int = 1
     num_top_logprobs: int | None = None
+    output: OutputFormat | None = None
+    output_field: str = field(default="response_format", compare=False)
     parallel_tool_calls: bool = True
     priority: Priority = "normal"
     client: str = ""

@@ -18,7 +18,7 @@ class LocalBackend:
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         dialect = await self._pool.dialect(request.model)
         prepared = await asyncio.to_thread(dialect.prepare, request)
-        yield Started(prepared.prompt_tokens, prepared.unused_options)
+        yield Started(prepared.prompt_tokens, prepared.unused)
         async with self._pool.lend(request.model) as model, aclosing(model.generate(prepared)) as events:
             async for event in events:
                 yield event

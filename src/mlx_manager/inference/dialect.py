@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mlx_manager.core.errors import ContextTooLong, InvalidField
-from mlx_manager.core.requests import Conversation, GenerationRequest, Sampling
+from mlx_manager.core.requests import REASONING_OPTIONS, Conversation, GenerationRequest, Prompt, ReasoningOption, Sampling, ToolSpec
 from mlx_manager.inference.engine.sequence import SequenceSpec, TokenSampling
 from mlx_manager.inference.families.family import Family
 from mlx_manager.inference.families.prompt import PromptRenderer, Rendered, Tokenizer
@@ -20,14 +20,14 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request as the engine takes it: `specs` and `rendered` have one entry for each choice, in their order.
-    `room` is what the context leaves for each choice's reply, in tokens; `unused_options` the template has no use for."""
+    `room` is what the context leaves for each choice's reply, in tokens; `unused` of what was said of reasoning has no effect."""
 
     request: GenerationRequest
     specs: tuple[SequenceSpec, ...]
     rendered: tuple[Rendered, ...]
     room: tuple[int, ...]
     prompt_tokens: int
-    unused_options: tuple[str, ...]
+    unused: tuple[ReasoningOption, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Dialect:
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Renders the prompts and resolves what the client left open. Raises `InvalidField` and `ContextTooLong`."""
         began = time.monotonic()
+        _check_built(request)
         renderer = PromptRenderer(self.tokenizer, self.family)
         specs: list[SequenceSpec] = []
         rendered: list[Rendered] = []
@@ -71,9 +72,18 @@ class Dialect:
                         deadline=None if request.timeout_s is None else began + request.timeout_s,
                     )
                 )
-        options = {option for prompt in request.prompts if isinstance(prompt, Conversation) for option in prompt.template_options}
-        unused = tuple(sorted(options - {self.family.thinking_option}))
-        return Prepared(request, tuple(specs), tuple(rendered), tuple(room), prompt_tokens, unused)
+        return Prepared(request, tuple(specs), tuple(rendered), tuple(room), prompt_tokens, self._unused(request))
+
+    def _unused(self, request: GenerationRequest) -> tuple[ReasoningOption, ...]:
+        """What was said of reasoning and changes nothing."""
+        given = {option for prompt in request.prompts if isinstance(prompt, Conversation) for option in prompt.reasoning.given}
+        family = self.family
+        useful: dict[ReasoningOption, bool] = {
+            "enabled": family.thinking_option is not None,
+            "effort": family.thinking_option is not None or family.effort_option is not None,
+            "budget": family.thinks,
+        }
+        return tuple(option for option in REASONING_OPTIONS if option in given and not useful[option])
 
     def reader(self, prepared: Prepared, choice: int) -> ReplyReader:
         """What turns the tokens of a choice into events."""
@@ -85,7 +95,7 @@ class Dialect:
             decode=self.decode,
             describe=self._describe,
             stop=request.stop,
-            tools=prompt.tools if isinstance(prompt, Conversation) else (),
+            tools=_callable(prompt),
             opened=prepared.rendered[choice].opened,
             splits=isinstance(prompt, Conversation),
             parallel_tool_calls=request.parallel_tool_calls,
@@ -130,6 +140,21 @@ class Dialect:
         """A token as text, and as the bytes that it stands for: a part of a character is no text, but has its bytes."""
         text = self.decode([token])
         return text, _bytes_spelt(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text.encode()
+
+
+def _callable(prompt: Prompt) -> tuple[ToolSpec, ...]:
+    """The tools that a reply to this prompt may call."""
+    if not isinstance(prompt, Conversation) or prompt.tool_choice.mode == "none":
+        return ()
+    names = prompt.tool_choice.names
+    return tuple(tool for tool in prompt.tools if names is None or tool.name in names)
+
+
+def _check_built(request: GenerationRequest) -> None:
+    if request.output is not None:
+        raise InvalidField("Structured output is not built yet.", param=request.output_field, code="unsupported_value")
+    if any(isinstance(prompt, Conversation) and prompt.tool_choice.mode == "required" for prompt in request.prompts):
+        raise InvalidField("A required call is not built yet.", param="tool_choice", code="unsupported_value")
 
 
 def _bytes_spelt(piece: str) -> bytes:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Message, ToolCall
-from mlx_manager.core.requests import Conversation, RawPrompt, ToolSpec
+from mlx_manager.core.messages import Image, Message, ToolCall
+from mlx_manager.core.requests import Conversation, RawPrompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.detect import detect
 from mlx_manager.inference.families.prompt import PromptRenderer
 from tests.inference.fixture_models import FAMILIES, SHARED, dialect
@@ -54,9 +54,9 @@ def as_the_template_has_it(family: str, conversation: Conversation) -> list[int]
         for t in conversation.tools
     ]
     tokenizer: Any = dialect(family).tokenizer
-    encoded = tokenizer.apply_chat_template(
-        messages, tools=tools or None, add_generation_prompt=True, tokenize=True, **conversation.template_options
-    )
+    enabled = conversation.reasoning.enabled
+    options = {} if enabled is None else {"enable_thinking": enabled}
+    encoded = tokenizer.apply_chat_template(messages, tools=tools or None, add_generation_prompt=True, tokenize=True, **options)
     return list(encoded["input_ids"] if not isinstance(encoded, list) else encoded)
 
 
@@ -79,7 +79,7 @@ def test_tools_calls_and_results_reach_the_prompt_as_the_template_has_them(famil
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_switch_for_thinking_reaches_templates_that_have_one(family: str, thinking: bool) -> None:
-    conversation = Conversation(TURNS.messages, template_options={"enable_thinking": thinking})
+    conversation = Conversation(TURNS.messages, reasoning=Reasoning(enabled=thinking))
     assert list(renderer(family).render(conversation).tokens) == as_the_template_has_it(family, conversation)
 
 
@@ -172,7 +172,7 @@ def with_template(template: str | None, family: str = "qwen3") -> PromptRenderer
     return PromptRenderer(tokenizer, detect({"model_type": min(dialect(family).family.model_types)}, template))
 
 
-THINKING = Conversation((Message("user", "Hi"),), template_options={"enable_thinking": True})
+THINKING = Conversation((Message("user", "Hi"),), reasoning=Reasoning(enabled=True))
 
 
 @pytest.mark.requirement("15.3", "CLEAN-02")
@@ -190,6 +190,28 @@ def test_a_template_that_fails_over_its_switch_renders_without_it(fails: str, ca
 
 def test_a_switch_that_a_template_does_not_know_is_not_passed() -> None:
     assert with_template("{{ messages[0].content }}").text(THINKING) == "Hi"
+
+
+def test_effort_goes_to_a_template_that_knows_it_and_its_levels() -> None:
+    renderer = with_template("{{ reasoning_effort | default('none given') }}")
+    levels = {"minimal": "low", "medium": "medium", "max": "high"}
+    for effort, level in levels.items():
+        assert renderer.text(Conversation(THINKING.messages, reasoning=Reasoning(effort=effort))) == level  # type: ignore[arg-type]
+    assert renderer.text(Conversation(THINKING.messages)) == "none given"
+
+
+def test_a_reply_can_go_on_with_what_the_assistant_has_begun() -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    begun = (Message("user", "Hi"), Message("assistant", "Well"))
+    assert with_template(template).text(Conversation(begun, continues=True)) == "<user>Hi</><assistant>Well"
+    assert with_template(template).text(Conversation(begun)) == "<user>Hi</><assistant>Well</><assistant>"
+
+
+def test_a_model_that_reads_text_refuses_a_picture_by_its_field() -> None:
+    message = Message("user", ("Look: ", Image(b"", "messages[0].content[1].image_url")))
+    with pytest.raises(InvalidField) as refused:
+        with_template("{{ messages[0].content }}").text(Conversation((message,)))
+    assert refused.value.param == "messages[0].content[1].image_url"
 
 
 def test_a_template_that_refuses_says_why() -> None:

@@ -31,12 +31,17 @@ def detect(config: Mapping[str, Any], chat_template: str | Mapping[str, str] | N
     family = next((f for f in FAMILIES if model_type in f.model_types), None)
     template = chat_template if isinstance(chat_template, str) else "\n".join((chat_template or {}).values())
     signs = next((tool_format for sign, tool_format in _TEMPLATE_SIGNS if sign in template), None)
-    thinking = "enable_thinking" if "enable_thinking" in template else None
     if family is None:
         family = Family(name=model_type or "unknown", model_types=frozenset())
     return replace(
         family,
         tool_format=signs or family.tool_format,
-        thinking_option=thinking,
+        thinks=any(tag.open in template for tag in family.reasoning_tags),
+        thinking_option=_named("enable_thinking", template),
+        effort_option=_named("reasoning_effort", template),
         short_call_ids=_SHORT_CALL_IDS.search(template) is not None,
     )
+
+
+def _named(option: str, template: str) -> str | None:
+    return option if option in template else None

@@ -65,8 +65,9 @@ REASONING = Tag("<reasoning>", "</reasoning>")
 @dataclass(frozen=True, slots=True)
 class Family:
     """`model_types` are values of `model_type` in config.json; `stop_tokens` end a turn beside those that the configuration names;
-    `turn_tokens` begin one, where a tokenizer may not call them special; `thinking_option` is the template's switch for reasoning,
-    if it has one, and `short_call_ids` says that it takes ids of nine letters and digits only (both detected, see `detect`)."""
+    `turn_tokens` begin one, where a tokenizer may not call them special. Of the template (detected, see `detect`): `thinks` says that it
+    knows reasoning, `thinking_option` and `effort_option` are its switches for whether and how hard, if it has them, and
+    `short_call_ids` says that it takes ids of nine letters and digits only."""
 
     name: str
     model_types: frozenset[str]
@@ -74,5 +75,7 @@ class Family:
     reasoning_tags: tuple[Tag, ...] = (THINK, REASONING)
     stop_tokens: tuple[str, ...] = ()
     turn_tokens: tuple[str, ...] = ()
+    thinks: bool = False
     thinking_option: str | None = None
+    effort_option: str | None = None
     short_call_ids: bool = False

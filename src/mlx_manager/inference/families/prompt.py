@@ -16,11 +16,13 @@ from jinja2 import TemplateError
 
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.messages import Message
-from mlx_manager.core.requests import Conversation, Prompt, RawPrompt, ToolSpec
+from mlx_manager.core.requests import Conversation, Prompt, RawPrompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
 
 log = logging.getLogger(__name__)
 
+# Of our seven the three that templates know.
+_EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _BREAK = "\ufdd0"  # a noncharacter: no text may contain it, and what does has it removed
 
 
@@ -81,29 +83,39 @@ class PromptRenderer:
         """The rendered prompt, with a break character inside every control token that a user's text spells."""
         if not self._tokenizer.chat_template:
             raise InvalidField("This model has no chat template: use /v1/completions.", param="messages", code="unsupported_value")
-        options = self._options(conversation.template_options)
+        options = self._options(conversation.reasoning)
         messages = [self._message(m) for m in conversation.messages]
         tools = [self._tool(t) for t in conversation.tools] or None
         if options:
             try:
-                return self._apply(messages, tools, options)
+                return self._apply(messages, tools, options, continues=conversation.continues)
             except Exception:
                 log.warning("the chat template failed with %s; rendering without", sorted(options), exc_info=True)
         try:
-            return self._apply(messages, tools, {})
+            return self._apply(messages, tools, {}, continues=conversation.continues)
         except Exception as error:
             reason = str(error).rstrip(".") if isinstance(error, TemplateError) else "it failed"
             raise InvalidField(f"The model's chat template refuses these messages: {reason}.", param="messages") from error
 
-    def _apply(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: Mapping[str, Any]) -> str:
-        return self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False, **options)
+    def _apply(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: Mapping[str, Any], *, continues: bool
+    ) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=not continues, continue_final_message=continues, tokenize=False, **options
+        )
 
-    def _options(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """`enable_thinking` has no effect on a template that knows no such switch."""
-        return {k: v for k, v in wanted.items() if k == self._family.thinking_option}
+    def _options(self, wanted: Reasoning) -> dict[str, Any]:
+        """What of it the template has a switch for."""
+        options: dict[str, Any] = {}
+        enabled = wanted.wants_thinking
+        if self._family.thinking_option is not None and enabled is not None:
+            options[self._family.thinking_option] = enabled
+        if self._family.effort_option is not None and wanted.effort is not None and wanted.effort != "none":
+            options[self._family.effort_option] = _EFFORTS[wanted.effort]
+        return options
 
     def _message(self, message: Message) -> dict[str, Any]:
-        out: dict[str, Any] = {"role": message.role, "content": self._defused(message.content)}
+        out: dict[str, Any] = {"role": message.role, "content": self._content(message)}
         if message.reasoning is not None:
             out["reasoning_content"] = self._defused(message.reasoning)
         if message.tool_calls:
@@ -120,6 +132,11 @@ class PromptRenderer:
         if message.name is not None:
             out["name"] = self._defused(message.name)
         return out
+
+    def _content(self, message: Message) -> Any:
+        for image in message.images:
+            raise InvalidField("This model reads text only: it cannot take images.", param=image.where, code="unsupported_value")
+        return self._defused(message.text)
 
     def _call_id(self, call_id: str) -> str:
         """The same for the call and for its result, and such as the template takes: clients send back ids that we, or others, gave."""

@@ -1,40 +1,48 @@
 """What an OpenAI client sends → what it wants."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
 from mlx_manager.core import messages as core
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.requests import Conversation, GenerationRequest, RawPrompt, Sampling, ToolSpec
+from mlx_manager.core.requests import (
+    AnyJson,
+    Conversation,
+    GenerationRequest,
+    Grammar,
+    JsonSchema,
+    OneOf,
+    OutputFormat,
+    RawPrompt,
+    Reasoning,
+    ReasoningOption,
+    Regex,
+    Sampling,
+    ToolChoice,
+    ToolSpec,
+)
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
+from mlx_manager.protocols.media import file_text, image_from_url
 from mlx_manager.protocols.openai import schema
+from mlx_manager.protocols.wire import Wanted
 
 S = TypeVar("S", bound=schema.Sampling)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """`request` is for the gateway; the rest is how the reply is to be written. `ignored` are fields without effect;
-    `option_fields` says which fields a template option came from, should it turn out to have none."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAIWanted(Wanted):
+    """`echo` is the text of each prompt, if it is to stand before the reply (completions)."""
 
-    request: GenerationRequest
-    stream: bool
     include_usage: bool
-    ignored: tuple[str, ...]
-    option_fields: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    echo: tuple[str, ...] = ()  # completions: the text of each prompt, if it is to stand before the reply
-
-    def without_effect(self, unused_options: tuple[str, ...]) -> tuple[str, ...]:
-        """All fields without effect, now that the model has said which options it has no use for."""
-        return (*self.ignored, *(name for option in unused_options for name in self.option_fields.get(option, ())))
+    echo: tuple[str, ...] = ()
 
 
-def read_chat(body: bytes) -> Wanted:
+def read_chat(body: bytes) -> OpenAIWanted:
     """`POST /v1/chat/completions`. Raises `InvalidField`."""
     wire, ignored = _read(body, schema.ChatRequest, schema.CHAT_FIELDS)
     limits = {wire.max_tokens, wire.max_completion_tokens} - {None}
@@ -42,21 +50,21 @@ def read_chat(body: bytes) -> Wanted:
         raise InvalidField("'max_tokens' and 'max_completion_tokens' must not differ.", param="max_completion_tokens")
     if wire.top_logprobs is not None and not wire.logprobs:
         raise InvalidField("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
-    if wire.response_format is not None and wire.response_format.type != "text":
-        raise _unsupported("response_format.type", "structured output is not built yet: use 'text'")
     if wire.store:
         raise _unsupported("store", "nothing is stored here: use false")
     if wire.modalities is not None and wire.modalities != ["text"]:
         raise _unsupported("modalities", 'models here write text: use ["text"]')
-    tools = tuple(_tool(tool, i) for i, tool in enumerate(wire.tools or ()))
+    output, output_field = _output(wire)
+    tools = tuple(_tool(tool) for tool in wire.tools or ())
     names = [tool.name for tool in tools]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InvalidField(f"Two tools are named '{name}': every tool needs a name of its own.", param=f"tools[{i}].function.name")
     conversation = Conversation(
         messages=tuple(_message(m, i) for i, m in enumerate(wire.messages)),
-        tools=tools if _may_call(wire.tool_choice) else (),
-        template_options=_template_options(wire),
+        tools=tools,
+        tool_choice=_tool_choice(wire.tool_choice, names),
+        reasoning=_reasoning(wire),
     )
     request = GenerationRequest(
         model=wire.model,
@@ -67,12 +75,19 @@ def read_chat(body: bytes) -> Wanted:
         num_replies=1 if wire.n is None else wire.n,
         num_top_logprobs=(wire.top_logprobs or 0) if wire.logprobs else None,
         parallel_tool_calls=wire.parallel_tool_calls is not False,
+        output=output,
+        output_field=output_field,
     )
-    option_fields = MappingProxyType({"enable_thinking": _thinking_fields(wire)})
-    return Wanted(request, wire.stream is True, _include_usage(wire), ignored, option_fields)
+    return OpenAIWanted(
+        request=request,
+        stream=wire.stream is True,
+        ignored=ignored,
+        reasoning_fields=_reasoning_fields(wire),
+        include_usage=_include_usage(wire),
+    )
 
 
-def read_completion(body: bytes) -> Wanted:
+def read_completion(body: bytes) -> OpenAIWanted:
     """`POST /v1/completions`. Raises `InvalidField`."""
     wire, ignored = _read(body, schema.CompletionRequest, schema.COMPLETION_FIELDS)
     num_replies = 1 if wire.n is None else wire.n
@@ -86,6 +101,7 @@ def read_completion(body: bytes) -> Wanted:
         if not all(isinstance(p.text, str) for p in prompts):
             raise _unsupported("echo", "it needs a prompt that is text")
         echo = tuple(p.text for p in prompts if isinstance(p.text, str))
+    output, output_field = _output(wire)
     request = GenerationRequest(
         model=wire.model,
         prompts=prompts,
@@ -94,8 +110,10 @@ def read_completion(body: bytes) -> Wanted:
         stop=_stop(wire),
         num_replies=num_replies,
         num_top_logprobs=wire.logprobs,
+        output=output,
+        output_field=output_field,
     )
-    return Wanted(request, wire.stream is True, _include_usage(wire), ignored, echo=echo)
+    return OpenAIWanted(request=request, stream=wire.stream is True, ignored=ignored, include_usage=_include_usage(wire), echo=echo)
 
 
 def _read(body: bytes, model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tuple[str, ...]]:
@@ -142,7 +160,7 @@ def _raw_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> tuple
 
 def _message(wire: schema.Message, index: int) -> core.Message:
     where = f"messages[{index}]"
-    content = _text(wire, where)
+    content = _content(wire, where)
     match wire.role:
         case "system" | "developer":
             return core.Message("system", content, name=wire.name)
@@ -161,73 +179,176 @@ def _message(wire: schema.Message, index: int) -> core.Message:
             return core.Message("tool", content, tool_call_id=wire.tool_call_id, name=wire.name)
 
 
-def _text(wire: schema.Message, where: str) -> str:
+def _content(wire: schema.Message, where: str) -> core.Content:
     if wire.content is None:
         if wire.role == "assistant":
             return "" if wire.refusal is None else wire.refusal
         raise InvalidField(f"A {wire.role} message needs 'content'.", param=f"{where}.content", code="missing_required_parameter")
     if isinstance(wire.content, str):
         return wire.content
-    return "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(wire.content))
+    return core.content_of([_part(part, wire.role, f"{where}.content[{i}]") for i, part in enumerate(wire.content)])
 
 
-def _part(wire: schema.Part, where: str) -> str:
-    if wire.type not in ("text", "refusal"):
-        message = f"This model reads text only: it cannot take a part of type '{wire.type}' in '{where}.type'."
-        raise InvalidField(message, param=f"{where}.type", code="unsupported_value")
-    text = wire.text if wire.type == "text" else wire.refusal
-    if text is None:
-        raise InvalidField(
-            f"Missing required parameter: '{where}.{wire.type}'.", param=f"{where}.{wire.type}", code="missing_required_parameter"
-        )
-    return text
+def _part(wire: schema.Part, role: str, where: str) -> str | core.Image:
+    match wire.type:
+        case "text":
+            if wire.text is None:
+                raise _missing(f"{where}.text")
+            return wire.text
+        case "refusal":
+            if wire.refusal is None:
+                raise _missing(f"{where}.refusal")
+            return wire.refusal
+        case "image_url":
+            if wire.image_url is None:
+                raise _missing(f"{where}.image_url")
+            if role not in ("user", "tool"):
+                raise _unsupported(f"{where}.type", f"a {role} message holds text only")
+            return image_from_url(wire.image_url.url, f"{where}.image_url")
+        case "file":
+            return file_text(wire.file or {}, f"{where}.file")
+        case "input_audio":
+            message = f"No model here hears: it cannot take a part of type '{wire.type}' in '{where}.type'."
+            raise InvalidField(message, param=f"{where}.type", code="unsupported_value")
 
 
-def _tool(wire: schema.Tool, index: int) -> ToolSpec:
-    if wire.function.strict:
-        raise _unsupported(f"tools[{index}].function.strict", "structured output is not built yet")
-    return ToolSpec(wire.function.name, wire.function.description, MappingProxyType(wire.function.parameters or {}))
+def _tool(wire: schema.Tool) -> ToolSpec:
+    return ToolSpec(
+        wire.function.name,
+        wire.function.description,
+        MappingProxyType(wire.function.parameters or {}),
+        strict=wire.function.strict is True,
+    )
 
 
-def _may_call(choice: str | dict[str, Any] | None) -> bool:
+def _tool_choice(choice: str | dict[str, Any] | None, names: Sequence[str]) -> ToolChoice:
+    """Raises `InvalidField` for a choice among tools that are not there."""
+    where = "tool_choice"
     match choice:
         case None | "auto":
-            return True
+            return ToolChoice()
         case "none":
-            return False
-        case "required" | dict():
-            raise _unsupported("tool_choice", "only 'auto' and 'none' are, until structured output is built")
+            return ToolChoice("none")
+        case "required":
+            chosen = ToolChoice("required")
+        case {"type": "function", "function": {"name": str(name)}}:
+            where, chosen = "tool_choice.function.name", ToolChoice("required", (name,))
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list()}}:
+            where = "tool_choice.allowed_tools.tools"
+            entries = cast(list[object], choice["allowed_tools"]["tools"])
+            chosen = ToolChoice(mode, tuple(_allowed(entry, where) for entry in entries))
         case _:
             raise InvalidField(
-                f"Invalid value for 'tool_choice': {quoted(choice)}. Supported values are: 'auto' or 'none'.", param="tool_choice"
+                f"Invalid value for 'tool_choice': {quoted(choice)}. Supported values are: 'none', 'auto', 'required', a function by its "
+                "name, or 'allowed_tools'.",
+                param="tool_choice",
             )
+    if not names:
+        raise InvalidField(f"Invalid value for '{where}': there are no 'tools' to call.", param=where)
+    for name in chosen.names or ():
+        if name not in names:
+            raise InvalidField(f"Invalid value for '{where}': there is no tool named {quoted(name)} in 'tools'.", param=where)
+    return chosen
 
 
-def _template_options(wire: schema.ChatRequest) -> Mapping[str, Any]:
+def _allowed(entry: object, where: str) -> str:
+    match entry:
+        case {"type": "function", "function": {"name": str(name)}}:
+            return name
+        case _:
+            raise InvalidField(f"Invalid value for '{where}': each entry must be a function with its name.", param=where)
+
+
+def _output(wire: schema.ChatRequest | schema.CompletionRequest) -> tuple[OutputFormat | None, str]:
+    """The form that the answer must have, and the field that says so."""
+    asked: dict[str, OutputFormat] = {}
+    if isinstance(wire, schema.ChatRequest) and wire.response_format is not None:
+        match wire.response_format:
+            case schema.ResponseFormat(type="json_object"):
+                asked["response_format"] = AnyJson()
+            case schema.ResponseFormat(type="json_schema", json_schema=None):
+                raise _missing("response_format.json_schema")
+            case schema.ResponseFormat(type="json_schema", json_schema=schema.NamedSchema() as named):
+                asked["response_format.json_schema.schema"] = JsonSchema(named.json_schema or {}, strict=named.strict is True)
+            case _:
+                pass
+    extensions = wire.structured_outputs or schema.StructuredOutputs()
+    for name in ("json", "regex", "choice", "grammar"):
+        for where, value in (
+            (f"structured_outputs.{name}", getattr(extensions, "json_" if name == "json" else name)),
+            (f"guided_{name}", getattr(wire, f"guided_{name}")),
+        ):
+            if value is not None:
+                asked[where] = _extension(name, value, where)
+    if len(asked) > 1:
+        fields = " and ".join(f"'{name}'" for name in asked)
+        raise InvalidField(f"{fields} cannot be combined: a reply has one form.", param=list(asked)[-1])
+    return next(((output, where) for where, output in asked.items()), (None, "response_format"))
+
+
+def _extension(name: str, value: Any, where: str) -> OutputFormat:
+    match name:
+        case "json":
+            if isinstance(value, str):
+                try:
+                    value = read_json_object(value.encode())
+                except InvalidField:
+                    raise InvalidField(f"Invalid '{where}': it is not a JSON Schema.", param=where) from None
+            return JsonSchema(MappingProxyType(value))
+        case "regex":
+            return Regex(value)
+        case "choice":
+            return OneOf(tuple(value))
+        case _:
+            return Grammar(value)
+
+
+def _missing(param: str) -> InvalidField:
+    return InvalidField(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+
+
+_TEMPLATE_OPTIONS = ("enable_thinking", "reasoning_effort", "thinking_budget")
+
+
+def _reasoning(wire: schema.ChatRequest) -> Reasoning:
+    """A field of its own counts before the same in `chat_template_kwargs`."""
     options = without_nulls(wire.chat_template_kwargs or {})
-    for key, value in options.items():
-        where = f"chat_template_kwargs.{key[:64]}"
-        if key != "enable_thinking":
-            raise InvalidField(
-                f"'{where}' is not supported: the only option is 'enable_thinking'.", param=where, code="unsupported_parameter"
-            )
-        if not isinstance(value, bool):
-            raise InvalidField(f"Invalid type for '{where}': expected a boolean.", param=where, code="invalid_type")
-    if wire.reasoning_effort is not None:
-        options["enable_thinking"] = wire.reasoning_effort != "none"
-    if wire.enable_thinking is not None:
-        options["enable_thinking"] = wire.enable_thinking
-    return MappingProxyType(options)
+    for key in options:
+        if key not in _TEMPLATE_OPTIONS:
+            where = f"chat_template_kwargs.{key[:64]}"
+            known = ", ".join(f"'{option}'" for option in _TEMPLATE_OPTIONS)
+            raise InvalidField(f"'{where}' is not supported: the options are {known}.", param=where, code="unsupported_parameter")
+    try:
+        given = schema.ReasoningOptions.model_validate(options)
+    except ValidationError as error:
+        mistake = invalid_field(error, options)
+        raise InvalidField(
+            mistake.message.replace(f"'{mistake.param}'", f"'chat_template_kwargs.{mistake.param}'"),
+            param=f"chat_template_kwargs.{mistake.param}",
+            code=mistake.code,
+        ) from None
 
-
-def _thinking_fields(wire: schema.ChatRequest) -> tuple[str, ...]:
-    """The fields that say whether the model is to think."""
-    given = (
-        ("reasoning_effort", wire.reasoning_effort is not None),
-        ("enable_thinking", wire.enable_thinking is not None),
-        ("chat_template_kwargs.enable_thinking", bool(without_nulls(wire.chat_template_kwargs or {}))),
+    return Reasoning(
+        enabled=given.enable_thinking if wire.enable_thinking is None else wire.enable_thinking,
+        effort=given.reasoning_effort if wire.reasoning_effort is None else wire.reasoning_effort,
+        budget=given.thinking_budget if wire.thinking_budget is None else wire.thinking_budget,
     )
-    return tuple(name for name, is_given in given if is_given)
+
+
+def _reasoning_fields(wire: schema.ChatRequest) -> Mapping[ReasoningOption, tuple[str, ...]]:
+    """The fields that said something of reasoning."""
+    options = without_nulls(wire.chat_template_kwargs or {})
+    named: tuple[tuple[ReasoningOption, str, object], ...] = (
+        ("enabled", "enable_thinking", wire.enable_thinking),
+        ("effort", "reasoning_effort", wire.reasoning_effort),
+        ("budget", "thinking_budget", wire.thinking_budget),
+    )
+    return MappingProxyType(
+        {
+            option: ((name,) if value is not None else ()) + ((f"chat_template_kwargs.{name}",) if name in options else ())
+            for option, name, value in named
+        }
+    )
 
 
 def _unsupported(param: str, why: str) -> InvalidField:

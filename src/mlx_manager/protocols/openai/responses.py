@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from mlx_manager.core.events import (
     Choice,
@@ -19,8 +18,7 @@ from mlx_manager.core.events import (
     ToolCallStart,
     Usage,
 )
-
-Json = dict[str, Any]
+from mlx_manager.protocols.wire import DONE, KEEP_ALIVE, Failure, Frame, Json
 
 _FINISH: dict[FinishReason, str] = {
     "stop": "stop",
@@ -29,16 +27,6 @@ _FINISH: dict[FinishReason, str] = {
     "context_full": "length",
     "tool_calls": "tool_calls",
 }
-
-
-class Writer(Protocol):
-    def whole(self, reply: Reply) -> Json:
-        """The body of a reply that is not streamed."""
-        ...
-
-    def chunks(self, event: Event) -> list[Json]:
-        """What an event puts on the wire, in order. `[DONE]` is the caller's."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +52,16 @@ class ChatWriter:
         ]
         return {**self._head("chat.completion"), "choices": choices, "usage": usage(reply.usage)}
 
-    def chunks(self, event: Event) -> list[Json]:
+    def frames(self, event: Event) -> list[Frame]:
+        return _frames(self._chunks(event), event)
+
+    def failed(self, failure: Failure) -> list[Frame]:
+        return [_error(failure)]
+
+    def keep_alive(self) -> Frame:
+        return KEEP_ALIVE
+
+    def _chunks(self, event: Event) -> list[Json]:
         match event:
             case Started():
                 return [self._chunk(i, {"role": "assistant", "content": "", "refusal": None}) for i in range(self.num_choices)]
@@ -121,7 +118,16 @@ class CompletionWriter:
         ]
         return {**self._head(), "choices": choices, "usage": usage(reply.usage)}
 
-    def chunks(self, event: Event) -> list[Json]:
+    def frames(self, event: Event) -> list[Frame]:
+        return _frames(self._chunks(event), event)
+
+    def failed(self, failure: Failure) -> list[Frame]:
+        return [_error(failure)]
+
+    def keep_alive(self) -> Frame:
+        return KEEP_ALIVE
+
+    def _chunks(self, event: Event) -> list[Json]:
         match event:
             case Started():
                 num_choices = self.num_replies * len(self.echo)
@@ -155,6 +161,22 @@ class CompletionWriter:
         if self.include_usage:
             chunk["usage"] = None
         return chunk
+
+
+def _frames(chunks: list[Json], event: Event) -> list[Frame]:
+    """A stream opens with something and ends with a word of its own."""
+    frames = [Frame(chunk) for chunk in chunks]
+    match event:
+        case Started():
+            return frames or [KEEP_ALIVE]
+        case Finished():
+            return [*frames, DONE]
+        case _:
+            return frames
+
+
+def _error(failure: Failure) -> Frame:
+    return Frame({"error": {"message": failure.message, "type": failure.type_, "param": failure.param, "code": failure.code}})
 
 
 def usage(used: Usage) -> Json:

@@ -5,10 +5,24 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, Field, Tag
 
+from mlx_manager.core.requests import Effort
 from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+Pattern = Annotated[str, Field(min_length=1)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)]
+
+
+class StructuredOutputs(Schema):
+    """One of them."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: Pattern | None = None
 
 
 class StreamOptions(Schema):
@@ -36,14 +50,26 @@ class Sampling(Schema):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
+
+
+class ImageUrl(Schema):
+    url: str
+    detail: str | None = None
 
 
 class Part(Schema):
-    """`text` or `refusal`, by its type. The other types are known to be refused by what they are."""
+    """What is said, by its type. `input_audio` is known to be refused by what it is."""
 
     type: Literal["text", "refusal", "image_url", "input_audio", "file"]
     text: str | None = None
     refusal: str | None = None
+    image_url: ImageUrl | None = None
+    file: dict[str, Any] | None = None
 
 
 class FunctionCall(Schema):
@@ -80,8 +106,24 @@ class Tool(Schema):
     function: Function
 
 
+class NamedSchema(Schema):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Schema):
-    type: str
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class ReasoningOptions(Schema):
+    """What a chat template may be told."""
+
+    enable_thinking: bool | None = None
+    reasoning_effort: Effort | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
 
 
 class ChatRequest(Sampling):
@@ -93,8 +135,9 @@ class ChatRequest(Sampling):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Effort | None = None
     enable_thinking: bool | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     store: bool | None = None
     modalities: list[str] | None = None
@@ -144,11 +187,11 @@ _SAMPLING: Mapping[str, Rule] = {
     "stream": honoured(),
     "stream_options": honoured("`include_usage`; only with `stream`"),
     "user": noted("kept for nothing until there is an audit log"),
-    "structured_outputs": refused("structured output is not built yet"),
-    "guided_json": refused("structured output is not built yet"),
-    "guided_regex": refused("structured output is not built yet"),
-    "guided_choice": refused("structured output is not built yet"),
-    "guided_grammar": refused("structured output is not built yet"),
+    "structured_outputs": honoured("one of `json`, `regex`, `choice`, `grammar` (Lark); enforced while decoding (extension)"),
+    "guided_json": honoured("a JSON Schema, enforced while decoding (extension)"),
+    "guided_regex": honoured("a regular expression that the whole answer matches (extension)"),
+    "guided_choice": honoured("up to 1,024 texts, one of which is the answer (extension)"),
+    "guided_grammar": honoured("a context-free grammar in Lark's notation (extension)"),
     "api_base": refused("a request cannot choose where it is answered"),
     "api_key": refused("a request cannot choose where it is answered"),
     "priority": refused("priority follows from the key and the endpoint"),
@@ -160,13 +203,14 @@ CHAT_FIELDS: Mapping[str, Rule] = {
     "max_completion_tokens": honoured("the same as `max_tokens`; different values of the two are refused"),
     "logprobs": honoured("under the model's own distribution, before temperature and filters"),
     "top_logprobs": honoured("0 to 20; only with `logprobs`"),
-    "tools": honoured("up to 256 functions; `strict: true` is refused until structured output is built"),
-    "tool_choice": honoured("`auto` and `none`; the others are refused until structured output is built"),
+    "tools": honoured("up to 256 functions; with `strict: true` arguments follow the schema to the letter"),
+    "tool_choice": honoured("`none`, `auto`, `required`, a function by name, `allowed_tools`; enforced while decoding"),
     "parallel_tool_calls": honoured("false ends the reply after the first call"),
-    "response_format": honoured("`text`; the others are refused until structured output is built"),
-    "reasoning_effort": honoured("`none` switches reasoning off, any other value on; named as ignored where the template has no switch"),
+    "response_format": honoured("`text`, `json_object`, `json_schema`; enforced while decoding, after the reasoning"),
+    "reasoning_effort": honoured("`none`: no reasoning; else the template's own level or a budget; ignored by models that do not reason"),
     "enable_thinking": honoured("the template's switch; named as ignored where it has none (extension)"),
-    "chat_template_kwargs": honoured("`enable_thinking`; other keys are refused (extension)"),
+    "thinking_budget": honoured("tokens of reasoning after which the answer begins; ignored by models that do not reason (extension)"),
+    "chat_template_kwargs": honoured("`enable_thinking`, `reasoning_effort`, `thinking_budget`; other keys are refused (extension)"),
     "store": honoured("false; true is refused: nothing is stored"),
     "modalities": honoured('`["text"]`'),
     "metadata": noted("kept for nothing until there is an audit log"),
@@ -183,7 +227,6 @@ CHAT_FIELDS: Mapping[str, Rule] = {
     "functions": refused("use `tools`"),
     "function_call": refused("use `tool_choice`"),
     "chat_template": refused("templates come with the model only"),
-    "thinking_budget": refused("a budget for reasoning is not built yet"),
 }
 
 COMPLETION_FIELDS: Mapping[str, Rule] = {

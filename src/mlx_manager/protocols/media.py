@@ -1,0 +1,61 @@
+"""Pictures and files as clients send them → what was in them. Nothing is decoded here, nor fetched."""
+
+import base64
+import binascii
+import re
+from typing import Any
+
+from mlx_manager.core.errors import InvalidField
+from mlx_manager.core.messages import Image
+
+MAX_IMAGE_BYTES = 20 << 20
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*?(;base64)?,(.*)", re.DOTALL | re.IGNORECASE)
+
+
+def image_from_url(url: str, where: str) -> Image:
+    """Raises `InvalidField`, naming `where`, for anything but a `data:` URL that holds a picture in base64."""
+    match = _DATA_URL.fullmatch(url)
+    if match is None:
+        raise InvalidField(
+            f"Invalid '{where}': pictures are taken from 'data:' URLs only; this server fetches none.", param=where, code="invalid_value"
+        )
+    media_type, is_base64, data = match.groups()
+    if not is_base64:
+        raise InvalidField(f"Invalid '{where}': the picture must be in base64.", param=where)
+    return image_from_base64(data, media_type or "", where)
+
+
+def image_from_base64(data: str, media_type: str, where: str) -> Image:
+    """Raises `InvalidField`, naming `where`, for another type of picture, too many bytes, or no base64."""
+    if media_type.lower() not in IMAGE_TYPES:
+        raise InvalidField(f"Invalid '{where}': a picture is one of {', '.join(IMAGE_TYPES)}.", param=where)
+    if len(data) * 3 // 4 > MAX_IMAGE_BYTES:
+        raise InvalidField(f"Invalid '{where}': a picture has {MAX_IMAGE_BYTES >> 20} MB at most.", param=where)
+    try:
+        return Image(base64.b64decode(re.sub(r"\s", "", data), validate=True), where)
+    except (binascii.Error, ValueError):
+        raise InvalidField(f"Invalid '{where}': it is not base64.", param=where) from None
+
+
+def file_text(file: dict[str, Any], where: str) -> str:
+    """The text of an attached file. Raises `InvalidField` for one that is only named, or that holds something else."""
+    if file.get("file_data") is None:
+        raise InvalidField(f"Invalid '{where}': files are taken by 'file_data' only; nothing is stored here.", param=f"{where}.file_data")
+    data = file["file_data"]
+    if not isinstance(data, str):
+        raise InvalidField(f"Invalid type for '{where}.file_data': expected a string.", param=f"{where}.file_data", code="invalid_type")
+    match = _DATA_URL.fullmatch(data)
+    media_type, is_base64, content = match.groups() if match else ("", ";base64", data)
+    try:
+        decoded = base64.b64decode(content, validate=True) if is_base64 else content.encode()
+        text = decoded.decode("utf-8")
+    except (binascii.Error, ValueError):
+        kind = f" of type {media_type}" if media_type else ""
+        raise InvalidField(
+            f"Invalid '{where}.file_data': only text can be read, and this file{kind} is none.",
+            param=f"{where}.file_data",
+            code="unsupported_value",
+        ) from None
+    name = file.get("filename")
+    return f"{name}:\n{text}" if isinstance(name, str) and name else text

@@ -134,7 +134,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"stream": "yes"}, "invalid_type", "stream"),
     ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": "yes"}}, "invalid_type", "stream_options.include_usage"),
-    ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
+    ({"guided_regex": "("}, "invalid_value", "guided_regex"),
+    ({"guided_json": {"not": {}}}, "invalid_value", "guided_json"),
 ]
 WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "missing_required_parameter", "messages"),
@@ -153,7 +154,7 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, IMAGE]}]},
         "unsupported_value",
-        "messages[0].content[1].type",
+        "messages[0].content[1].image_url",
     ),
     ({"messages": [{"role": "tool", "content": "21"}]}, "missing_required_parameter", "messages[0].tool_call_id"),
     (
@@ -169,14 +170,19 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [tool("f" * 129)]}, "invalid_value", "tools[0].function.name"),
     ({"tools": [tool("f"), tool("g"), tool("f")]}, "invalid_value", "tools[2].function.name"),
     ({"tools": [tool(None)]}, "invalid_type", "tools[0].function.name"),
-    ({"tools": [tool("f", strict=True)]}, "unsupported_value", "tools[0].function.strict"),
+    (
+        {"tools": [tool("f", strict=True, parameters={"type": "object", "properties": {}})]},
+        "invalid_value",
+        "tools[0].function.parameters",
+    ),
     ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "invalid_value", "tools[0].type"),
     ({"tools": [tool(f"f{i}") for i in range(257)]}, "array_above_max_length", "tools"),
-    ({"tool_choice": "required", "tools": [tool("f")]}, "unsupported_value", "tool_choice"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [tool("f")]}, "unsupported_value", "tool_choice"),
+    ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [tool("f")]}, "invalid_value", "tool_choice.function.name"),
     ({"tool_choice": "maybe"}, "invalid_value", "tool_choice"),
     ({"tool_choice": 1}, "invalid_type", "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "unsupported_value", "response_format.type"),
+    ({"response_format": {"type": "json"}}, "invalid_value", "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "missing_required_parameter", "response_format.json_schema"),
     ({"response_format": "text"}, "invalid_type", "response_format"),
     ({"reasoning_effort": "enormous"}, "invalid_value", "reasoning_effort"),
     ({"chat_template_kwargs": {"tools": []}}, "unsupported_parameter", "chat_template_kwargs.tools"),
@@ -224,9 +230,7 @@ def test_the_words_say_what_would_be_right(http: httpx2.Client) -> None:
     assert message(n=0) == "Invalid 'n': integer below minimum value. Expected a value >= 1, but got 0 instead."
     assert message(stop=7) == "Invalid type for 'stop': expected a string or an array, but got an integer instead."
     assert message(messages=None) == "Missing required parameter: 'messages'."
-    assert message(messages=[{"role": "user", "content": [IMAGE]}]) == (
-        "This model reads text only: it cannot take a part of type 'image_url' in 'messages[0].content[0].type'."
-    )
+    assert message(messages=[{"role": "user", "content": [IMAGE]}]) == ("This model reads text only: it cannot take the image in 'messages[0].content[0].image_url'.")
     assert "'developer', 'system', 'user', 'assistant', 'tool' or 'function'" in message(messages=[{"role": "robot", "content": ""}])
 
 

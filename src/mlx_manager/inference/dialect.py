@@ -4,15 +4,16 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mlx_manager.core.errors import ContextTooLong, InvalidField
-from mlx_manager.core.requests import REASONING_OPTIONS, Conversation, GenerationRequest, Prompt, ReasoningOption, Sampling, ToolSpec
+from mlx_manager.core.requests import REASONING_OPTIONS, Conversation, GenerationRequest, ReasoningOption, Sampling
 from mlx_manager.inference.engine.sequence import SequenceSpec, TokenSampling
 from mlx_manager.inference.families.family import Family
 from mlx_manager.inference.families.prompt import PromptRenderer, Rendered, Tokenizer
 from mlx_manager.inference.reply import ReplyReader
+from mlx_manager.inference.structured.guides import Guides, callable_tools
 
 T = TypeVar("T")
 
@@ -40,11 +41,15 @@ class Dialect:
     vocab_size: int
     stop_tokens: frozenset[int]
     defaults: Mapping[str, Any]
+    guides: Guides = field(init=False)
+
+    def __post_init__(self) -> None:
+        guides = Guides(self.tokenizer, self.family, vocab_size=self.vocab_size, stop_tokens=self.stop_tokens, decode=self.decode)
+        object.__setattr__(self, "guides", guides)
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Renders the prompts and resolves what the client left open. Raises `InvalidField` and `ContextTooLong`."""
         began = time.monotonic()
-        _check_built(request)
         renderer = PromptRenderer(self.tokenizer, self.family)
         specs: list[SequenceSpec] = []
         rendered: list[Rendered] = []
@@ -57,6 +62,7 @@ class Dialect:
             left = self.context_length - len(result.tokens)
             if left < 1:
                 raise ContextTooLong(limit=self.context_length, tokens=len(result.tokens))
+            guide = self.guides.guide(request, prompt, result.tokens, result.opened)
             for reply in range(request.num_replies):
                 rendered.append(result)
                 room.append(left)
@@ -70,6 +76,7 @@ class Dialect:
                         priority=request.priority,
                         client=request.client,
                         deadline=None if request.timeout_s is None else began + request.timeout_s,
+                        constraint=None if guide is None else guide.copy(),
                     )
                 )
         return Prepared(request, tuple(specs), tuple(rendered), tuple(room), prompt_tokens, self._unused(request))
@@ -79,8 +86,8 @@ class Dialect:
         given = {option for prompt in request.prompts if isinstance(prompt, Conversation) for option in prompt.reasoning.given}
         family = self.family
         useful: dict[ReasoningOption, bool] = {
-            "enabled": family.thinking_option is not None,
-            "effort": family.thinking_option is not None or family.effort_option is not None,
+            "enabled": family.thinking_option is not None or family.thinks,
+            "effort": family.thinks or family.thinking_option is not None or family.effort_option is not None,
             "budget": family.thinks,
         }
         return tuple(option for option in REASONING_OPTIONS if option in given and not useful[option])
@@ -95,7 +102,7 @@ class Dialect:
             decode=self.decode,
             describe=self._describe,
             stop=request.stop,
-            tools=_callable(prompt),
+            tools=callable_tools(prompt),
             opened=prepared.rendered[choice].opened,
             splits=isinstance(prompt, Conversation),
             parallel_tool_calls=request.parallel_tool_calls,
@@ -140,21 +147,6 @@ class Dialect:
         """A token as text, and as the bytes that it stands for: a part of a character is no text, but has its bytes."""
         text = self.decode([token])
         return text, _bytes_spelt(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text.encode()
-
-
-def _callable(prompt: Prompt) -> tuple[ToolSpec, ...]:
-    """The tools that a reply to this prompt may call."""
-    if not isinstance(prompt, Conversation) or prompt.tool_choice.mode == "none":
-        return ()
-    names = prompt.tool_choice.names
-    return tuple(tool for tool in prompt.tools if names is None or tool.name in names)
-
-
-def _check_built(request: GenerationRequest) -> None:
-    if request.output is not None:
-        raise InvalidField("Structured output is not built yet.", param=request.output_field, code="unsupported_value")
-    if any(isinstance(prompt, Conversation) and prompt.tool_choice.mode == "required" for prompt in request.prompts):
-        raise InvalidField("A required call is not built yet.", param="tool_choice", code="unsupported_value")
 
 
 def _bytes_spelt(piece: str) -> bytes:

@@ -15,6 +15,7 @@ class KeepsNothing:
     state_bytes = 0
 
     def start(self, pending: Any) -> None: ...
+    def finish(self, pending: Any) -> None: ...
 
     def save(self, sequence: Sequence, index: int, block: int, pending: Any) -> None:
         assert block in sequence.table

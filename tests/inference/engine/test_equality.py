@@ -135,7 +135,7 @@ async def test_first_tokens_of_a_burst_come_within_a_few_steps(device: Device) -
 async def test_the_proof_notices_rows_that_are_mixed_up(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row is given its neighbour's token."""
     sample = Sampler.sample
-    monkeypatch.setattr(Sampler, "sample", lambda self, logits: sample(self, mx.roll(logits, 1, axis=0)))  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(Sampler, "sample", lambda self, logits, masks: sample(self, mx.roll(logits, 1, axis=0), masks))  # type: ignore[no-untyped-def]
     assert await differences(device, "qwen3", make_engine(device, "qwen3"), prompts("qwen3", 4)) != []
 
 

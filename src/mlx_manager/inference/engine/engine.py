@@ -50,6 +50,7 @@ class ForwardPasses(Protocol):
 
     def queue(self, plan: Plan) -> PendingStep: ...
     def start(self, pending: Any) -> None: ...
+    def finish(self, pending: Any) -> None: ...
     def read(self, pending: Any) -> list[Token | None]: ...
     def save(self, sequence: Sequence, index: int, block: int, pending: Any) -> None: ...
     def drop(self, block: int) -> None: ...
@@ -350,6 +351,8 @@ class Engine:
         pending, self._pending = self._pending, queued
         if pending is not None:
             self._read(pending)
+        if queued is not None:
+            self._runner.finish(queued)
         self._queued_at = queued_at
 
     def _in_turn(self) -> None:
@@ -406,7 +409,14 @@ class Engine:
             sequence.tokens.append(token.token)
             self.counters.decoded_tokens += 1
             self._deliveries.append((stream, token))
-            if sequence.num_generated == sequence.spec.max_tokens:
+            constraint = sequence.spec.constraint
+            if constraint is not None and not constraint.accept(token.token):
+                self._deliveries.append((stream, EngineFault("The form that the reply must have could not be kept to.")))
+                self._drop_stream(stream)
+                return
+            if constraint is not None and constraint.is_complete:
+                reason = "stop"
+            elif sequence.num_generated == sequence.spec.max_tokens:
                 reason = "length"
         if reason is not None:
             # What it has computed stays findable: the next turn of a conversation begins with it.

@@ -58,21 +58,26 @@ class KVCache(Protocol):
     def load(self, block: int, arrays: Mapping[str, np.ndarray]) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
     """A step that is queued on the device and not yet read. `rows` (None: nobody wants what comes of it) and the positions whose keys
-    and values it computes; `chunks` with what they make."""
+    and values it computes, with their `logits` [B, V], of which tokens are `sampled` at once or in `finish`; `chunks` with what they make.
+    """
 
-    rows: tuple[Sequence | None, ...]
-    positions: tuple[int, ...]
-    sampled: Sampled | None
-    step: Queued | None
-    chunks: tuple[tuple[Chunk, Queued], ...]
+    rows: tuple[Sequence | None, ...] = ()
+    positions: tuple[int, ...] = ()
+    logits: mx.array | None = None
+    step: Queued | None = None
+    sampled: Sampled | None = None
+    chunks: tuple[tuple[Chunk, Queued], ...] = ()
 
     def parts(self) -> list[list[mx.array]]:
         """What has to be computed, in this order."""
-        decode = [] if self.sampled is None or self.step is None else [self.sampled.arrays() + self.step.arrays()]
-        return decode + [queued.arrays() for _, queued in self.chunks]
+        parts = [queued.arrays() for _, queued in self.chunks]
+        if self.logits is None or self.step is None:
+            return parts
+        made = [self.logits] if self.sampled is None else self.sampled.arrays()
+        return [made + self.step.arrays(), *parts]
 
 
 class Runner:
@@ -104,19 +109,26 @@ class Runner:
             self.cache.admit(sequence)
         for fork in plan.forks:
             self.cache.fork(fork.child, fork.parent, fork.source, fork.target)
-        rows, positions, sampled, step = self._decode(plan.decode) if plan.decode else ((), (), None, None)
+        pending = self._decode(plan.decode) if plan.decode else Pending()
         made = self.cache.prefill(plan.prefill) if plan.prefill else []
         for chunk in plan.prefill:
             chunk.sequence.num_queued = chunk.stop
-        chunks = zip(plan.prefill, made, strict=True)
-        self._pending = Pending(rows, positions, sampled, step, tuple(chunks))
-        return self._pending
+        pending.chunks = tuple(zip(plan.prefill, made, strict=True))
+        self._pending = pending
+        return pending
 
     def start(self, pending: Pending) -> None:
         """Queues what was described on the device, decoding first. On the CPU this takes as long as computing it, without the
         interpreter's lock."""
         for arrays in pending.parts():
             mx.async_eval(arrays)
+
+    def finish(self, pending: Pending) -> None:
+        """Samples what could not be until the step before had been read: where a row's last token decides which may come next, the
+        forward pass does not wait for it, but the choice must."""
+        if pending.logits is not None and pending.sampled is None:
+            self._sample(pending)
+            mx.async_eval(pending.parts()[0])
 
     def read(self, pending: Pending) -> list[Token | None]:
         """Waits for a queued step. One token for each of its rows that anybody waits for."""
@@ -164,18 +176,27 @@ class Runner:
         self.cache.clear()
         self._sampler.set_rows([])
 
-    def _decode(self, wanted: Rows[Sequence]) -> tuple[tuple[Sequence | None, ...], tuple[int, ...], Sampled, Queued]:
+    def _decode(self, wanted: Rows[Sequence]) -> Pending:
         """One token for each of `wanted`, in one forward pass."""
         self._set_rows(wanted)
         assert self._inputs is not None
         logits, step = self.cache.forward(self._inputs)
-        sampled = self._sampler.sample(logits)
-        self._inputs = sampled.tokens
         positions = tuple(0 if s is None else s.num_queued for s in self._rows)
+        pending = Pending(tuple(self._rows), positions, logits, step)
         for sequence in wanted:
             sequence.num_queued += 1
-            sequence.num_sampled += 1
-        return tuple(self._rows), positions, sampled, step
+        if not any(s.spec.constraint is not None and s.num_sampled > s.num_generated for s in wanted):
+            self._sample(pending)
+        return pending
+
+    def _sample(self, pending: Pending) -> None:
+        assert pending.logits is not None
+        masks = [None if s is None or s.finished or s.spec.constraint is None else s.spec.constraint.mask() for s in pending.rows]
+        pending.sampled = self._sampler.sample(pending.logits, masks)
+        self._inputs = pending.sampled.tokens
+        for sequence in pending.rows:
+            if sequence is not None:
+                sequence.num_sampled += 1
 
     def _set_rows(self, wanted: Rows[Sequence]) -> None:
         under_way = () if self._pending is None else self._pending.rows

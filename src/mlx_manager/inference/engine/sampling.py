@@ -108,10 +108,13 @@ class Sampler:
         wanted = [s.spec.num_top_logprobs for s in self._rows if s is not None and s.spec.num_top_logprobs is not None]
         self._num_top = max(wanted) if wanted else None
 
-    def sample(self, logits: mx.array) -> Sampled:
-        """`logits` [B, V], one row a sequence in order; each sequence's `num_sampled` is the position to draw for."""
+    def sample(self, logits: mx.array, masks: Rows[bytes | None] = ()) -> Sampled:
+        """`logits` [B, V], one row a sequence in order; each sequence's `num_sampled` is the position to draw for. A row's mask has
+        a bit for each token that may come (`Constraint.mask`)."""
         raw = logits.astype(mx.float32)
         logits = self._penalised(raw if self._bias is None else raw + self._bias)
+        if any(mask is not None for mask in masks):
+            logits = mx.where(self._allowed(masks), logits, -mx.inf)
         tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
         if not self._all_greedy:
             draws = mx.array(
@@ -121,6 +124,13 @@ class Sampler:
         if self._counts is not None:
             self._counts = self._counts.at[mx.arange(len(self._rows)), tokens].add(1.0)
         return self._with_logprobs(raw, tokens)
+
+    def _allowed(self, masks: Rows[bytes | None]) -> mx.array:
+        allowed = np.ones((len(masks), self._vocab_size), np.uint8)
+        for i, mask in enumerate(masks):
+            if mask is not None:
+                allowed[i] = np.unpackbits(np.frombuffer(mask, np.uint8), count=self._vocab_size, bitorder="little")
+        return mx.array(allowed).astype(mx.bool_)
 
     def _penalised(self, logits: mx.array) -> mx.array:
         if self._counts is None or self._in_prompt is None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Protocol
 
 from mlx_manager.core.events import Timing
 from mlx_manager.core.requests import Priority
@@ -42,12 +42,30 @@ class TokenSampling:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
 
+class Constraint(Protocol):
+    """Which tokens may come next in one sequence; told of every token but the last. On the device thread."""
+
+    def mask(self) -> bytes | None:
+        """A bit for each token, least significant first: set where it may come. None: any may."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Goes on behind a token that came. False if that cannot be: the reply is lost."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
     """What is wanted: `prompt` is not empty; generation ends at a token of `stop_tokens` or after `max_tokens` (>= 1).
     `num_top_logprobs` None: no log probabilities; otherwise how many alternatives to report beside the chosen token.
 
-    `client` is who shares in the places fairly; `tenant` who shares blocks; `deadline` a `time.monotonic()`.
+    `constraint` belongs to this sequence alone. `client` is who shares in the places fairly; `tenant` who shares blocks; `deadline`
+    a `time.monotonic()`.
     """
 
     prompt: tuple[int, ...]
@@ -59,6 +77,7 @@ class SequenceSpec:
     client: str = ""
     tenant: str = ""
     deadline: float | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

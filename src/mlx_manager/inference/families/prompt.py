@@ -135,7 +135,9 @@ class PromptRenderer:
 
     def _content(self, message: Message) -> Any:
         for image in message.images:
-            raise InvalidField("This model reads text only: it cannot take images.", param=image.where, code="unsupported_value")
+            raise InvalidField(
+                f"This model reads text only: it cannot take the image in '{image.where}'.", param=image.where, code="unsupported_value"
+            )
         return self._defused(message.text)
 
     def _call_id(self, call_id: str) -> str:

@@ -27,6 +27,7 @@ from mlx_manager.core.requests import (
 )
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
+from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import file_text, image_from_url
 from mlx_manager.protocols.openai import schema
 from mlx_manager.protocols.wire import Wanted
@@ -55,7 +56,7 @@ def read_chat(body: bytes) -> OpenAIWanted:
     if wire.modalities is not None and wire.modalities != ["text"]:
         raise _unsupported("modalities", 'models here write text: use ["text"]')
     output, output_field = _output(wire)
-    tools = tuple(_tool(tool) for tool in wire.tools or ())
+    tools = tuple(_tool(tool, i) for i, tool in enumerate(wire.tools or ()))
     names = [tool.name for tool in tools]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -212,7 +213,8 @@ def _part(wire: schema.Part, role: str, where: str) -> str | core.Image:
             raise InvalidField(message, param=f"{where}.type", code="unsupported_value")
 
 
-def _tool(wire: schema.Tool) -> ToolSpec:
+def _tool(wire: schema.Tool, index: int) -> ToolSpec:
+    check_schema(wire.function.parameters or {}, f"tools[{index}].function.parameters", strict=wire.function.strict is True)
     return ToolSpec(
         wire.function.name,
         wire.function.description,
@@ -269,7 +271,10 @@ def _output(wire: schema.ChatRequest | schema.CompletionRequest) -> tuple[Output
             case schema.ResponseFormat(type="json_schema", json_schema=None):
                 raise _missing("response_format.json_schema")
             case schema.ResponseFormat(type="json_schema", json_schema=schema.NamedSchema() as named):
-                asked["response_format.json_schema.schema"] = JsonSchema(named.json_schema or {}, strict=named.strict is True)
+                where = "response_format.json_schema.schema"
+                wanted = JsonSchema(named.json_schema or {}, strict=named.strict is True)
+                check_schema(named.json_schema or {}, where, strict=wanted.strict)
+                asked[where] = wanted
             case _:
                 pass
     extensions = wire.structured_outputs or schema.StructuredOutputs()
@@ -294,6 +299,7 @@ def _extension(name: str, value: Any, where: str) -> OutputFormat:
                     value = read_json_object(value.encode())
                 except InvalidField:
                     raise InvalidField(f"Invalid '{where}': it is not a JSON Schema.", param=where) from None
+            check_schema(value, where)
             return JsonSchema(MappingProxyType(value))
         case "regex":
             return Regex(value)

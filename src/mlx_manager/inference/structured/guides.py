@@ -1,0 +1,139 @@
+"""What a request asks of the form of its replies → a guide for each reply. Runs where a prompt is rendered, on a worker's thread."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llguidance import LLMatcher
+
+from mlx_manager.core.errors import InvalidField
+from mlx_manager.core.requests import Conversation, Effort, GenerationRequest, Prompt, Reasoning, ToolSpec
+from mlx_manager.inference.families.family import Family, Tag
+from mlx_manager.inference.structured.calls import CallGrammar, call_grammar
+from mlx_manager.inference.structured.compiler import Compiler, grammar_of, json_grammar
+from mlx_manager.inference.structured.guide import Calls, Guide, Mark, Thought
+
+# Tokens of reasoning that an effort allows where the template has no levels of its own; None: as many as it likes.
+_BUDGETS: Mapping[Effort, int | None] = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 24576, "xhigh": None, "max": None}
+_NEWLINES = ("\n", "\n\n")
+
+
+class Guides:
+    """Of one model. Any thread."""
+
+    def __init__(self, tokenizer: Any, family: Family, *, vocab_size: int, stop_tokens: frozenset[int], decode: Callable[..., str]) -> None:
+        self._tokenizer = tokenizer
+        self._family = family
+        self._vocab_size = vocab_size
+        self._stop_tokens = stop_tokens
+        self._decode = decode
+        self._compiler = Compiler(tokenizer, vocab_size=vocab_size, stop_tokens=sorted(stop_tokens))
+
+    def guide(self, request: GenerationRequest, prompt: Prompt, tokens: Sequence[int], opened: Tag | None) -> Guide | None:
+        """What holds a reply to `prompt`, rendered as `tokens`, to its form; None if it is free. Raises `InvalidField`."""
+        answer = None if request.output is None else self._compiler.compile(grammar_of(request.output), request.output_field)
+        calls: Calls | None = None
+        banned: frozenset[int] = frozenset()
+        thought: Thought | None = None
+        if isinstance(prompt, Conversation):
+            thought = self._thought(prompt.reasoning, tokens, opened)
+            once = not request.parallel_tool_calls
+            choice, tools = prompt.tool_choice, callable_tools(prompt)
+            if choice.mode == "required":
+                answer = self._compile_calls(self._grammar(tools).required(once=once), tools)
+            elif choice.mode == "none" and prompt.tools:
+                banned = self._openings()
+            elif tools and (choice.names is not None or any(tool.strict for tool in tools) or answer is not None):
+                answer, calls = self._free_calls(answer, tools, once=once, must=choice.names is not None or any(t.strict for t in tools))
+        if answer is None and calls is None and not banned and (thought is None or thought.budget is None):
+            return None
+        return Guide(
+            decode=self._decode,
+            vocab_size=self._vocab_size,
+            stop_tokens=self._stop_tokens,
+            thought=thought,
+            answer=answer,
+            calls=calls,
+            leading=frozenset(self._token_of(text) for text in _NEWLINES) - {None},  # type: ignore[arg-type]
+            banned=banned,
+        )
+
+    def _free_calls(
+        self, answer: LLMatcher | None, tools: Sequence[ToolSpec], *, once: bool, must: bool
+    ) -> tuple[LLMatcher | None, Calls | None]:
+        """Where the model decides whether to call. `must`: a call has to be held to its tools' schemas; otherwise only an `answer` with
+        a form has to leave room for one."""
+        grammar = self._call_grammar(tools)
+        if grammar is None:
+            if must:
+                self._grammar(tools)
+            return answer, None
+        if grammar.opening:
+            rest = self._compile_calls(grammar.after_opening(), tools)
+            return answer, Calls(self._mark(grammar.opening), rest, once=once)
+        if answer is None:
+            return self._compile_calls(grammar.or_text(once=once), tools), None
+        return answer, None
+
+    def _compile_calls(self, lark: str, tools: Sequence[ToolSpec]) -> LLMatcher:
+        """Says which tool it is whose schema cannot be enforced."""
+        try:
+            return self._compiler.compile(LLMatcher.grammar_from_lark(lark), "tools")
+        except InvalidField:
+            for tool in tools:
+                self._compiler.compile(json_grammar(tool.parameters, strict=tool.strict), f"tools: {tool.name}")
+            raise
+
+    def _thought(self, wanted: Reasoning, tokens: Sequence[int], opened: Tag | None) -> Thought | None:
+        family = self._family
+        template: str = self._tokenizer.chat_template or ""
+        tag = opened or next((t for t in family.reasoning_tags if t.open in template), None)
+        if tag is None or not family.thinks:
+            return None
+        thinks = wanted.wants_thinking
+        budget = wanted.budget
+        if budget is None and thinks is False:
+            budget = 0
+        if budget is None and wanted.effort is not None and family.effort_option is None:
+            budget = _BUDGETS[wanted.effort]
+        is_closed = self._decode(list(tokens[-8:])).rstrip().endswith(tag.close)
+        may_open = opened is None and not is_closed and thinks is not False
+        if opened is None and not may_open:
+            return None
+        return Thought(self._mark(tag.open), self._mark(tag.close), is_open=opened is not None, may_open=may_open, budget=budget)
+
+    def _grammar(self, tools: Sequence[ToolSpec]) -> CallGrammar:
+        grammar = self._call_grammar(tools)
+        if grammar is None:
+            raise InvalidField(
+                "Calls of this model cannot be enforced: leave 'tool_choice' at 'auto' and 'strict' at false.",
+                param="tool_choice",
+                code="unsupported_value",
+            )
+        return grammar
+
+    def _call_grammar(self, tools: Sequence[ToolSpec]) -> CallGrammar | None:
+        if self._family.tool_format is None:
+            return None
+        return call_grammar(self._family.tool_format, tools, self._compiler.mark, self._tokenizer.get_vocab())
+
+    def _openings(self) -> frozenset[int]:
+        """Tokens that open a call. Where none does, text that looks like a call is passed on as text."""
+        start = self._family.tool_format.start if self._family.tool_format is not None else ""
+        token = self._token_of(start) if start else None
+        return frozenset() if token is None else frozenset({token})
+
+    def _mark(self, text: str) -> Mark:
+        token = self._token_of(text)
+        return Mark(text, (token,) if token is not None else tuple(self._tokenizer.encode(text, add_special_tokens=False)))
+
+    def _token_of(self, text: str) -> int | None:
+        tokens = self._tokenizer.encode(text, add_special_tokens=False)
+        return tokens[0] if len(tokens) == 1 else None
+
+
+def callable_tools(prompt: Prompt) -> tuple[ToolSpec, ...]:
+    """The tools that a reply to this prompt may call."""
+    if not isinstance(prompt, Conversation) or prompt.tool_choice.mode == "none":
+        return ()
+    names = prompt.tool_choice.names
+    return tuple(tool for tool in prompt.tools if names is None or tool.name in names)

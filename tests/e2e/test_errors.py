@@ -230,7 +230,9 @@ def test_the_words_say_what_would_be_right(http: httpx2.Client) -> None:
     assert message(n=0) == "Invalid 'n': integer below minimum value. Expected a value >= 1, but got 0 instead."
     assert message(stop=7) == "Invalid type for 'stop': expected a string or an array, but got an integer instead."
     assert message(messages=None) == "Missing required parameter: 'messages'."
-    assert message(messages=[{"role": "user", "content": [IMAGE]}]) == ("This model reads text only: it cannot take the image in 'messages[0].content[0].image_url'.")
+    told = message(messages=[{"role": "user", "content": [IMAGE]}])
+    told = message(messages=[{"role": "user", "content": [IMAGE]}])
+    assert told == "This model reads text only: it cannot take the image in 'messages[0].content[0].image_url'."
     assert "'developer', 'system', 'user', 'assistant', 'tool' or 'function'" in message(messages=[{"role": "robot", "content": ""}])
 
 

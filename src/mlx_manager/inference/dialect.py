@@ -12,6 +12,7 @@ from mlx_manager.core.requests import REASONING_OPTIONS, Conversation, Generatio
 from mlx_manager.inference.engine.sequence import SequenceSpec, TokenSampling
 from mlx_manager.inference.families.family import Family
 from mlx_manager.inference.families.prompt import PromptRenderer, Rendered, Tokenizer
+from mlx_manager.inference.picture_reader import PictureReader
 from mlx_manager.inference.reply import ReplyReader
 from mlx_manager.inference.structured.guides import Guides, callable_tools
 
@@ -33,7 +34,8 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """`context_length` and `vocab_size` in tokens; `defaults` is generation_config.json, {} where there is none."""
+    """`context_length` and `vocab_size` in tokens; `defaults` is generation_config.json, {} where there is none; `pictures` is
+    there for a model that can be shown some."""
 
     tokenizer: Tokenizer
     family: Family
@@ -41,6 +43,7 @@ class Dialect:
     vocab_size: int
     stop_tokens: frozenset[int]
     defaults: Mapping[str, Any]
+    pictures: PictureReader | None = None
     guides: Guides = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,14 +53,14 @@ class Dialect:
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Renders the prompts and resolves what the client left open. Raises `InvalidField` and `ContextTooLong`."""
         began = time.monotonic()
-        renderer = PromptRenderer(self.tokenizer, self.family)
+        renderer = PromptRenderer(self.tokenizer, self.family, self.pictures)
         specs: list[SequenceSpec] = []
         rendered: list[Rendered] = []
         room: list[int] = []
         prompt_tokens = 0
         for prompt in request.prompts:
             result = renderer.render(prompt)
-            self._check_tokens(result.tokens)
+            self._check_tokens(result)
             prompt_tokens += len(result.tokens)
             left = self.context_length - len(result.tokens)
             if left < 1:
@@ -77,6 +80,7 @@ class Dialect:
                         client=request.client,
                         deadline=None if request.timeout_s is None else began + request.timeout_s,
                         constraint=None if guide is None else guide.copy(),
+                        pictures=result.pictures,
                     )
                 )
         return Prepared(request, tuple(specs), tuple(rendered), tuple(room), prompt_tokens, self._unused(request))
@@ -108,10 +112,10 @@ class Dialect:
             parallel_tool_calls=request.parallel_tool_calls,
         )
 
-    def _check_tokens(self, tokens: tuple[int, ...]) -> None:
-        if not tokens:
+    def _check_tokens(self, rendered: Rendered) -> None:
+        if not rendered.tokens:
             raise InvalidField("The prompt must have at least one token.", param="prompt")
-        if not all(0 <= t < self.vocab_size for t in tokens):
+        if not rendered.pictures and not all(0 <= t < self.vocab_size for t in rendered.tokens):
             raise InvalidField(f"Token ids must be from 0 to {self.vocab_size - 1}.", param="prompt")
 
     def _resolve(self, asked: Sampling, reply: int) -> TokenSampling:
@@ -141,6 +145,7 @@ class Dialect:
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
+        tokens = [t for t in tokens if t < self.vocab_size]  # the others are names of pictures
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _describe(self, token: int) -> tuple[str, bytes]:

@@ -6,6 +6,7 @@ command line answers before; `import_libraries` does it ahead of the first reque
 # ruff: noqa: PLC0415, F401 - see above
 # pyright: basic
 
+import importlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from mlx_manager.inference.engine.pace import Pace
 from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.scheduler import Policy, Scheduler
 from mlx_manager.inference.families.detect import detect
+from mlx_manager.inference.picture_reader import PictureReader
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +65,23 @@ def import_libraries() -> None:
         import mlx_manager.inference.engine.runner
 
 
-def load_dialect(path: Path, context_length: int | None) -> Dialect:
-    """Everything but the weights; about half a second. Any thread."""
+def load_dialect(path: Path, context_length: int | None, *, sees: bool = False) -> Dialect:
+    """Everything but the weights; about half a second. `sees`: it is a vision model. Any thread."""
     import_libraries()
     from transformers import AutoTokenizer
 
     config = _read_json(path / "config.json")
     text_config = config.get("text_config", config)
     defaults = _read_json(path / "generation_config.json")
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    tokenizer: Any
+    pictures = None
+    if sees:
+        processor = _load_processor(path, config["model_type"])
+        tokenizer = processor.tokenizer
+        tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+        pictures = PictureReader(processor, vocab_size=text_config.get("vocab_size") or config["vocab_size"])
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     family = detect(config, tokenizer.chat_template)
     vocabulary = tokenizer.get_vocab()
     stop = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
@@ -82,21 +92,43 @@ def load_dialect(path: Path, context_length: int | None) -> Dialect:
         tokenizer=tokenizer,
         family=family,
         context_length=context_length or DEFAULT_CONTEXT_LENGTH,
-        vocab_size=text_config["vocab_size"],
+        vocab_size=text_config.get("vocab_size") or config["vocab_size"],
         stop_tokens=frozenset(stop),
         defaults=defaults,
+        pictures=pictures,
     )
+
+
+def _load_processor(path: Path, architecture: str) -> Any:
+    """What turns pictures into arrays, as mlx-vlm has it for this architecture. Raises `ImportError` if it has none."""
+    from mlx_vlm.utils import MODEL_REMAPPING, load_processor
+
+    name = MODEL_REMAPPING.get(architecture, architecture)
+    with _importing:
+        importlib.import_module(f"mlx_vlm.models.{name}")  # it registers a processor of its own
+    return load_processor(path, add_detokenizer=False, trust_remote_code=False, local_files_only=True)
 
 
 def load_engine(path: Path, dialect: Dialect, device: Device, limits: EngineLimits) -> Engine:
     """Reads the weights and makes the engine that runs them. On the device thread."""
     import_libraries()
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(path, trust_remote_code=False)
-    engine = make_engine(model, device, limits, vocab_size=dialect.vocab_size, model_key=fingerprint(path))
+    engine = make_engine(load_weights(path, dialect), device, limits, vocab_size=dialect.vocab_size, model_key=fingerprint(path))
     device.attach(engine)
     return engine
+
+
+def load_weights(path: Path, dialect: Dialect) -> Any:
+    """The model; one that sees as a `PictureModel`. On the device thread."""
+    if dialect.pictures is None:
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(path, trust_remote_code=False)
+        return model
+    from mlx_vlm.utils import load_model
+
+    from mlx_manager.inference.engine.picture_model import PictureModel
+
+    return PictureModel(load_model(path, trust_remote_code=False))
 
 
 def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size: int, model_key: str) -> Engine:
@@ -105,6 +137,7 @@ def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size:
 
     from mlx_manager.inference.engine import paged_attention
     from mlx_manager.inference.engine.lanes import choose_cache, num_blocks_within
+    from mlx_manager.inference.engine.picture_model import PictureModel
     from mlx_manager.inference.engine.runner import Runner
 
     backend = paged_attention.backend()
@@ -130,7 +163,7 @@ def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size:
     ahead = mx.default_device() != mx.Device(mx.cpu) if limits.ahead is None else limits.ahead
     return Engine(
         device,
-        Runner(cache, vocab_size),
+        Runner(cache, vocab_size, model if isinstance(model, PictureModel) else None),
         scheduler,
         pace,
         ahead=ahead,

@@ -1,7 +1,7 @@
-"""How models of mlx-lm attend through caches of ours, without a line of them changed.
+"""How models of mlx-lm and mlx-vlm attend through caches of ours, without a line of them changed.
 
-A model hands its cache to `scaled_dot_product_attention` of `mlx_lm.models.base`. That one name is rebound, there and in every model
-module that has imported it: a cache that knows how to attend does so itself, all others get what mlx-lm does.
+A model hands its cache to the `scaled_dot_product_attention` of its package's `models.base`. That one name is rebound, there and in
+every model module that has imported it: a cache that knows how to attend does so itself, all others get what the package does.
 """
 # pyright: basic
 
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import base
 
 _NAME = "scaled_dot_product_attention"
-_mlx_lm_attention = base.scaled_dot_product_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +30,36 @@ class AttendingCache:
 
 
 class WatchingCache:
-    """Base of caches that are told how a model attends, which is left to mlx-lm."""
+    """Base of caches that are told how a model attends, which is left to its package."""
 
     def watch(self, queries: mx.array, keys: mx.array, values: mx.array, sinks: mx.array | None) -> None:
         raise NotImplementedError
 
 
-def _attention(queries, keys, values, cache, scale, mask, sinks=None) -> mx.array:
-    if isinstance(cache, AttendingCache):
-        return cache.attend(queries, scale, mask, sinks)
-    if isinstance(cache, WatchingCache):
-        cache.watch(queries, keys, values, sinks)
-    return _mlx_lm_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+def _rebound(original: Any) -> Any:
+    def attention(queries, keys, values, cache, scale, mask, sinks=None) -> mx.array:
+        if isinstance(cache, AttendingCache):
+            return cache.attend(queries, scale, mask, sinks)
+        if isinstance(cache, WatchingCache):
+            cache.watch(queries, keys, values, sinks)
+        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+    return attention
+
+
+_ours: dict[Any, Any] = {}  # by what a package itself does
 
 
 def install() -> None:
     """Rebinds the name wherever it has been imported. Call it once a model's module is there; again for the next."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.models.") and getattr(module, _NAME, None) is _mlx_lm_attention:
-            setattr(module, _NAME, _attention)
+    for package in ("mlx_lm.models", "mlx_vlm.models"):
+        base = sys.modules.get(f"{package}.base")
+        if base is None:
+            continue
+        original = getattr(base, _NAME)
+        if original in _ours.values():
+            original = next(theirs for theirs, ours in _ours.items() if ours is original)
+        ours = _ours.setdefault(original, _rebound(original))
+        for name, module in list(sys.modules.items()):
+            if name.startswith(f"{package}.") and getattr(module, _NAME, None) is original:
+                setattr(module, _NAME, ours)

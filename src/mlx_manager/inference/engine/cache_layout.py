@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_manager.inference.engine import attention
 from mlx_manager.inference.engine.attention import WatchingCache
@@ -91,6 +91,18 @@ def layout(model: Any) -> tuple[list[Layer], list[Group], "States"]:
         layers.append(Layer(list(members).index(shape), place, cache.window, cache.num_query_heads, cache.has_sinks))
     states = States([list(cache.cache) for cache in caches if isinstance(cache, ArraysCache)])
     return layers, [Group(count, *shape) for shape, count in members.items()], states
+
+
+def prompt_inputs(model: Any, sequence: Sequence, start: int, stop: int) -> Any:
+    """What a model is given of tokens [start, stop) of a sequence: [1, stop - start]. Pictures in it are the model's to show."""
+    if sequence.spec.pictures:
+        return model.shown(sequence, start, stop)
+    return mx.array([sequence.tokens[start:stop]], dtype=mx.int32)
+
+
+def shifted(positions: np.ndarray, rows: Items[Sequence | None]) -> np.ndarray:
+    """Positions [B] of the rows' next tokens, as the model counts them."""
+    return positions + np.array([0 if s is None else s.position_shift for s in rows], np.int32)
 
 
 def prefill_mask(num_tokens: int, num_before: int, window: int | None, return_array: bool) -> mx.array | str | None:
@@ -250,10 +262,12 @@ class _Probe(WatchingCache):
 
 
 def _probe(kind: Any) -> Any:
-    if type(kind) is KVCache:
-        return _Probe(None)
-    if type(kind) is RotatingKVCache and kind.keep == 0:
-        return _Probe(kind.max_size)
-    if type(kind) is ArraysCache:
-        return kind
-    raise UnsupportedCache(f"its layers keep a {type(kind).__name__}")
+    match type(kind).__name__:  # mlx-vlm has classes of the same names for the same things
+        case "KVCache":
+            return _Probe(None)
+        case "RotatingKVCache" if kind.keep == 0:
+            return _Probe(kind.max_size)
+        case _ if type(kind) is ArraysCache:
+            return kind
+        case name:
+            raise UnsupportedCache(f"its layers keep a {name}")

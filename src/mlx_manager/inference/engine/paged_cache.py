@@ -30,6 +30,8 @@ from mlx_manager.inference.engine.cache_layout import (
     host_view,
     layout,
     prefill_mask,
+    prompt_inputs,
+    shifted,
 )
 from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, is_supported, self_test
 from mlx_manager.inference.engine.scheduler import Chunk
@@ -49,7 +51,7 @@ class RowLayer(AttendingCache):
 
     @property
     def offset(self) -> mx.array:
-        return self._step.lengths
+        return self._step.offsets
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         self._own = keys, values
@@ -74,11 +76,12 @@ class RowLayer(AttendingCache):
 
 @dataclass(frozen=True, slots=True)
 class RowPass:
-    """What the layers of one decode step share."""
+    """What the layers of one decode step share. `lengths` are counted in tokens, `offsets` as the model does."""
 
     attention: PagedAttention
     table: mx.array
     lengths: mx.array
+    offsets: mx.array
 
 
 class ChunkLayer:
@@ -261,7 +264,7 @@ class PagedCache:
     def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
         chunk = ChunkPass(self._attention, sequence.table, start, stop)
         states = self._states.of(sequence)
-        self._run(mx.array([sequence.tokens[start:stop]], dtype=mx.int32), chunk, ChunkLayer, states)
+        self._run(prompt_inputs(self._model, sequence, start, stop), chunk, ChunkLayer, states)
         made = self._epochs() + _arrays(states)
         return QueuedPass(made, self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None)
 
@@ -280,8 +283,9 @@ class PagedCache:
         """Queues one token for each row. `inputs` [B] int32 → logits [B, V]."""
         num_rows = len(self._rows)
         num_padding = padded_rows(num_rows) - num_rows
-        lengths = mx.array([0 if s is None else s.num_queued for s in self._rows] + [0] * num_padding, dtype=mx.int32)
-        step = RowPass(self._attention, self._tables.on_device(), lengths)
+        rows = [*self._rows, *[None] * num_padding]
+        lengths = np.array([0 if s is None else s.num_queued for s in rows], np.int32)
+        step = RowPass(self._attention, self._tables.on_device(), mx.array(lengths), mx.array(shifted(lengths, rows)))
         if num_padding:
             inputs = mx.pad(inputs, (0, num_padding))
         logits = self._run(inputs[:, None], step, RowLayer, self._states.rows)[:num_rows, -1]

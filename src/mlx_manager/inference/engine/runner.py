@@ -23,6 +23,13 @@ class Queued(Protocol):
         ...
 
 
+class Pictures(Protocol):
+    """What knows where pictures stand: `PictureModel`."""
+
+    def place(self, sequence: Sequence) -> None: ...
+    def forget(self, sequence: Sequence) -> None: ...
+
+
 class KVCache(Protocol):
     """Where keys and values are kept: `PagedCache`, `SlotCache`, `SingleCache`. All of it happens on the device thread.
 
@@ -83,8 +90,10 @@ class Pending:
 class Runner:
     """One model's forward passes. Owned by the device thread."""
 
-    def __init__(self, cache: KVCache, vocab_size: int) -> None:
+    def __init__(self, cache: KVCache, vocab_size: int, pictures: "Pictures | None" = None) -> None:
+        """`pictures` is there for a model that can be shown some."""
         self.cache = cache
+        self._pictures = pictures
         self.cache_name = cache.name
         self.block_bytes = cache.token_bytes * BLOCK_TOKENS
         self._sampler = Sampler(vocab_size)
@@ -106,8 +115,10 @@ class Runner:
         for sequence in plan.preempted:
             self.cache.forget(sequence)
         for sequence in plan.admitted:
+            self._place_pictures(sequence)
             self.cache.admit(sequence)
         for fork in plan.forks:
+            self._place_pictures(fork.child)
             self.cache.fork(fork.child, fork.parent, fork.source, fork.target)
         pending = self._decode(plan.decode) if plan.decode else Pending()
         made = self.cache.prefill(plan.prefill) if plan.prefill else []
@@ -167,6 +178,8 @@ class Runner:
     def forget(self, sequence: Sequence) -> None:
         """Drops what a sequence holds; its row leaves the batch at the next decode."""
         self.cache.forget(sequence)
+        if self._pictures is not None:
+            self._pictures.forget(sequence)
 
     def clear(self) -> None:
         """Empties the batch: nobody decodes any more. A pass that failed half-way may have left a row's cache without its row."""
@@ -175,6 +188,11 @@ class Runner:
         self._pending = None
         self.cache.clear()
         self._sampler.set_rows([])
+
+    def _place_pictures(self, sequence: Sequence) -> None:
+        if sequence.spec.pictures:
+            assert self._pictures is not None, "the model was asked before"
+            self._pictures.place(sequence)
 
     def _decode(self, wanted: Rows[Sequence]) -> Pending:
         """One token for each of `wanted`, in one forward pass."""

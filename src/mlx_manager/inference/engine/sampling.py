@@ -79,7 +79,7 @@ class Sampler:
         in_prompt = np.zeros((len(rows), self._vocab_size), np.bool_)
         for i, s in enumerate(rows):
             if s is not None:
-                in_prompt[i, list(s.spec.prompt)] = True
+                in_prompt[i, [t for t in s.spec.prompt if t < self._vocab_size]] = True
                 np.add.at(counts[i], s.generated, 1)
         return mx.array(counts), mx.array(in_prompt.view(np.uint8)).astype(mx.bool_)
 

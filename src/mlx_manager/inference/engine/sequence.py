@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from mlx_manager.core.events import Timing
 from mlx_manager.core.requests import Priority
 from mlx_manager.inference.engine.block_pool import Digest
+from mlx_manager.inference.picture import PlacedPicture
 
 EndReason = Literal["stop", "length"]
 
@@ -78,6 +79,7 @@ class SequenceSpec:
     tenant: str = ""
     deadline: float | None = None
     constraint: Constraint | None = None
+    pictures: tuple[PlacedPicture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Sequence:
         self.digests: list[Digest] = []
         self.num_published = 0
         self.parting: set[int] = set()  # where those who wait for it go another way: a state is needed there
+        self.position_shift = 0  # of what follows the pictures, which take fewer positions than tokens in some models
         self.finished = False
         self.urgency = URGENCY[spec.priority]  # less is more; raised if somebody more urgent waits for what it computes
         self.submitted = time.monotonic()

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
+from mlx_manager.inference.engine.cache_layout import prompt_inputs
 from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
 
@@ -79,7 +80,7 @@ class SingleCache:
 
     def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
         caches = self._caches[sequence]
-        self._model(mx.array([sequence.tokens[start:stop]], dtype=mx.int32), cache=caches)
+        self._model(prompt_inputs(self._model, sequence, start, stop), cache=caches)
         made = [a for cache in caches for a in _arrays(cache)]
         return QueuedPass(made, copy.deepcopy(caches) if stop % BLOCK_TOKENS == 0 else None)
 
@@ -89,8 +90,10 @@ class SingleCache:
         return list(wanted)
 
     def forward(self, inputs: mx.array) -> tuple[mx.array, QueuedPass]:
-        caches = self._caches[self._rows[0]]
-        logits = self._model(inputs[:, None], cache=caches)[:, -1, :]
+        sequence = self._rows[0]
+        caches = self._caches[sequence]
+        given = self._model.after_pictures(sequence, inputs[:, None]) if sequence.spec.pictures else inputs[:, None]
+        logits = self._model(given, cache=caches)[:, -1, :]
         return logits, QueuedPass([a for cache in caches for a in _arrays(cache)])
 
     def settle(self, step: QueuedPass) -> None:

@@ -33,6 +33,8 @@ from mlx_manager.inference.engine.cache_layout import (
     host_view,
     layout,
     prefill_mask,
+    prompt_inputs,
+    shifted,
 )
 from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
@@ -122,7 +124,7 @@ class GatheringCache:
 
     @property
     def offset(self) -> mx.array:
-        return self._step.positions
+        return self._step.offsets
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         self._step.made[self._layer.group].append((keys, values))  # layers come in their order
@@ -154,15 +156,17 @@ class SplitCache(AttendingCache):
 
     @property
     def offset(self) -> mx.array:
-        return self._step.positions
+        return self._step.offsets
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         self._own = keys, values
         self._step.made[self._layer.group].append((keys, values))  # layers come in their order
         return keys, values
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
-        return self._step.bias(window_size or self._layer.window)
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Sight:
+        if return_array:
+            raise UnsupportedCache("it computes on masks")
+        return Sight(window_size or self._layer.window)
 
     def attend(self, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
         assert self._own is not None
@@ -173,7 +177,8 @@ class SplitCache(AttendingCache):
         # The queries of the heads that share keys stand where a longer query would have its positions.
         queries = (queries * scale).reshape(num_rows, num_heads, num_queries // num_heads, -1)
         scores = mx.concatenate([queries @ old_keys.swapaxes(-1, -2), queries @ new_keys.swapaxes(-1, -2)], axis=-1)
-        scores = scores + (self._step.bias(self._layer.window) if mask is None else mask).astype(scores.dtype)
+        window = self._layer.window if mask is None else mask.window
+        scores = scores + self._step.bias(window).astype(scores.dtype)
         if sinks is not None:
             column = mx.broadcast_to(sinks.reshape(1, num_heads, -1, 1), (*scores.shape[:-1], 1)).astype(scores.dtype)
             scores = mx.concatenate([scores, column], axis=-1)
@@ -185,8 +190,12 @@ class SplitCache(AttendingCache):
 class DecodeStep:
     """What the layers of one decode step share. `made[group][place]` fills with the keys and values [B, H, 1, D] of this step."""
 
-    def __init__(self, buffers: list["Buffer"], positions: np.ndarray, written: np.ndarray, unread: "Unread | None") -> None:
+    def __init__(
+        self, buffers: list["Buffer"], positions: np.ndarray, offsets: np.ndarray, written: np.ndarray, unread: "Unread | None"
+    ) -> None:
+        """`positions` are counted in tokens, `offsets` as the model does (`Sequence.position_shift`)."""
         self.positions = mx.array(positions)
+        self.offsets = mx.array(offsets)
         self._num_written = max(1, -(-int(written.max()) // BLOCK_TOKENS)) * BLOCK_TOKENS
         self.made: list[list[KeysValues]] = [[] for _ in buffers]
         self._buffers = buffers
@@ -434,7 +443,7 @@ class SlotCache:
 
     def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedChunk:
         caches, states = self._prefilling[sequence], self._states.of(sequence)
-        self._run(mx.array([sequence.tokens[start:stop]], dtype=mx.int32), caches, states)
+        self._run(prompt_inputs(self._model, sequence, start, stop), caches, states)
         made = [a for cache in caches for a in cache.parts[-1]] + [a for cache in states for a in cache.cache if a is not None]
         return QueuedChunk(made, self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None)
 
@@ -470,7 +479,7 @@ class SlotCache:
         written = np.array([s.num_computed if s is not None else 0 for s in rows], np.int32)
         for buffer in self._buffers:
             buffer.reserve(len(rows), int(positions.max()) + 1)
-        step = DecodeStep(self._buffers, positions, written, self._unread(rows))
+        step = DecodeStep(self._buffers, positions, shifted(positions, rows), written, self._unread(rows))
         logits = self._run(inputs[:, None], [self._handle(step, layer) for layer in self._attending], self._states.rows)[:, -1, :]
         stacks = [_pair(mx.stack([kv[i] for kv in made]) for i in (0, 1)) for made in step.made]
         self._last = QueuedStep(list(rows), positions, stacks)
@@ -587,11 +596,12 @@ def _between(parts: list[mx.array], start: int, stop: int) -> np.ndarray:
 
 
 def together(chunks: Items[Chunk]) -> list[list[Chunk]]:
-    """Which chunks share a pass: of similar length, as rows are padded to the longest; those that begin a prompt first. Pure."""
+    """Which chunks share a pass: of similar length, as rows are padded to the longest; those that begin a prompt first. A prompt
+    with pictures has a pass of its own. Pure."""
     groups: list[list[Chunk]] = []
-    for chunk in sorted(chunks, key=lambda c: c.start - c.stop):
+    for chunk in sorted(chunks, key=lambda c: (bool(c.sequence.spec.pictures), c.start - c.stop)):
         length = chunk.stop - chunk.start
-        if groups:
+        if groups and not chunk.sequence.spec.pictures:
             group = groups[-1]
             padded = (len(group) + 1) * (group[0].stop - group[0].start)
             wanted = sum(c.stop - c.start for c in group) + length

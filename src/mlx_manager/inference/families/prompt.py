@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Message
+from mlx_manager.core.messages import Image, Message
 from mlx_manager.core.requests import Conversation, Prompt, RawPrompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
+from mlx_manager.inference.picture import Picture, PlacedPicture
 
 log = logging.getLogger(__name__)
 
@@ -45,20 +46,32 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
 
 
+class PictureSource(Protocol):
+    """`PictureReader`: how a model looks at pictures."""
+
+    @property
+    def placeholders(self) -> tuple[str, ...]: ...
+    def read(self, image: Image, placeholder: str) -> Picture: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A prompt as tokens. `opened` is the reasoning tag that its end leaves open: the reply starts inside."""
+    """A prompt as tokens. `opened` is the reasoning tag that its end leaves open: the reply starts inside. Where `pictures` stand, the
+    tokens are the names that the pictures have."""
 
     tokens: tuple[int, ...]
     opened: Tag | None = None
+    pictures: tuple[PlacedPicture, ...] = ()
 
 
 class PromptRenderer:
     """Renders for one model. Stateless between calls; runs on any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, family: Family) -> None:
+    def __init__(self, tokenizer: Tokenizer, family: Family, pictures: PictureSource | None = None) -> None:
+        """`pictures` is None for a model that reads text only."""
         self._tokenizer = tokenizer
         self._family = family
+        self._pictures = pictures
         turns = {*family.stop_tokens, *family.turn_tokens}
         added = tokenizer.added_tokens_decoder.values()
         control = sorted((t.content for t in added if t.special or t.content in turns), key=len, reverse=True)
@@ -77,7 +90,29 @@ class PromptRenderer:
                 tokens = [t for piece in text.split(_BREAK) for t in self._tokenizer.encode(piece, add_special_tokens=False)]
                 end = text.rstrip()
                 opened = next((tag for tag in self._family.reasoning_tags if end.endswith(tag.open)), None)
-                return Rendered(tuple(tokens), opened)
+                images = [image for message in prompt.messages for image in message.images]
+                return self._with_pictures(tokens, images, opened) if images else Rendered(tuple(tokens), opened)
+
+    def _with_pictures(self, tokens: list[int], images: list[Image], opened: Tag | None) -> Rendered:
+        """Puts each picture's names where the template left a place for it. Raises `InvalidField`."""
+        assert self._pictures is not None, "they were refused before"
+        vocabulary = self._tokenizer.get_vocab()
+        for placeholder in self._pictures.placeholders:
+            places = [i for i, token in enumerate(tokens) if token == vocabulary.get(placeholder)]
+            if len(places) == len(images):
+                break
+        else:
+            raise InvalidField("The model's chat template has no place for these images.", param=images[0].where, code="unsupported_value")
+        named: list[int] = []
+        placed: list[PlacedPicture] = []
+        at = 0
+        for place, image in zip(places, images, strict=True):
+            named += tokens[at:place]
+            picture = self._pictures.read(image, placeholder)
+            placed.append(PlacedPicture(len(named), picture))
+            named += picture.names
+            at = place + 1
+        return Rendered((*named, *tokens[at:]), opened, tuple(placed))
 
     def text(self, conversation: Conversation) -> str:
         """The rendered prompt, with a break character inside every control token that a user's text spells."""
@@ -134,11 +169,12 @@ class PromptRenderer:
         return out
 
     def _content(self, message: Message) -> Any:
-        for image in message.images:
-            raise InvalidField(
-                f"This model reads text only: it cannot take the image in '{image.where}'.", param=image.where, code="unsupported_value"
-            )
-        return self._defused(message.text)
+        if isinstance(message.content, str):
+            return self._defused(message.content)
+        if self._pictures is None:
+            where = message.images[0].where
+            raise InvalidField(f"This model reads text only: it cannot take the image in '{where}'.", param=where, code="unsupported_value")
+        return [{"type": "image"} if isinstance(part, Image) else {"type": "text", "text": self._defused(part)} for part in message.content]
 
     def _call_id(self, call_id: str) -> str:
         """The same for the call and for its result, and such as the template takes: clients send back ids that we, or others, gave."""

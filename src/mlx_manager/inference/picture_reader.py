@@ -1,0 +1,101 @@
+"""An encoded picture → what a model is shown of it. On a worker's thread; knows nothing of MLX but that the processor may.
+
+Whatever a client sent is looked at before it is decoded: a small file can hold a picture that takes gigabytes.
+"""
+# pyright: basic
+
+import hashlib
+import io
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from PIL import Image as Pillow
+
+from mlx_manager.core.errors import InvalidField
+from mlx_manager.core.messages import Image
+from mlx_manager.inference.picture import Picture
+
+MAX_PIXELS = 25_000_000
+MAX_SIDE = 2048
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_MAX_KEPT_BYTES = 128 << 20
+# Decoding takes memory: no more than two pictures at a time, whoever asks.
+_decoding = threading.Semaphore(2)
+
+
+class PictureReader:
+    """For one model. `placeholders` are texts that its template may write for a picture; `vocab_size` is where names begin."""
+
+    def __init__(self, processor: Any, *, vocab_size: int) -> None:
+        self._processor = processor
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[bytes, Picture] = OrderedDict()
+        tokenizer = getattr(processor, "tokenizer", None)
+        named = (getattr(owner, name, None) for owner in (processor, tokenizer) for name in ("boi_token", "image_token"))
+        self.placeholders = tuple(dict.fromkeys(text for text in named if isinstance(text, str) and text))
+
+    def read(self, image: Image, placeholder: str) -> Picture:
+        """Raises `InvalidField`, naming the field that the picture came in."""
+        digest = hashlib.sha256(image.data).digest()
+        with self._lock:
+            known = self._kept.get(digest)
+        if known is not None:
+            return known
+        with _decoding:
+            picture = self._processed(digest, decoded(image), placeholder)
+        with self._lock:
+            self._kept[digest] = picture
+            while sum(_num_bytes(p) for p in self._kept.values()) > _MAX_KEPT_BYTES and len(self._kept) > 1:
+                self._kept.popitem(last=False)
+        return picture
+
+    def _processed(self, digest: bytes, image: Pillow.Image, placeholder: str) -> Picture:
+        given = self._processor(text=[placeholder], images=[image], return_tensors="np")
+        arrays = {name: np.asarray(value) for name, value in given.items() if name not in ("input_ids", "attention_mask")}
+        tokens = tuple(int(t) for t in np.asarray(given["input_ids"])[0])
+        bos = getattr(self._processor.tokenizer, "bos_token_id", None)
+        tokens = tokens[1:] if bos is not None and tokens[:1] == (bos,) else tokens
+        shape = hashlib.sha256(digest + b"".join(name.encode() + str(a.shape).encode() for name, a in sorted(arrays.items()))).digest()
+        return Picture(shape, tokens, tuple(_names(shape, len(tokens), self._vocab_size)), arrays)
+
+
+def decoded(image: Image) -> Pillow.Image:
+    """In RGB and no larger than models look at. Raises `InvalidField`."""
+    where = image.where
+    try:
+        with warnings.catch_warnings(), Pillow.open(io.BytesIO(image.data), formats=_FORMATS) as opened:
+            warnings.simplefilter("ignore")  # Pillow has a limit of its own, which is ours below
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise InvalidField(
+                    f"Invalid '{where}': a picture has {MAX_PIXELS // 1_000_000} million pixels at most, and this one {width * height:,}.",
+                    param=where,
+                )
+            opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
+            flat = opened.convert("RGBA") if "transparency" in opened.info or opened.mode in ("RGBA", "LA", "PA") else opened.convert("RGB")
+    except InvalidField:
+        raise
+    except Exception as error:
+        raise InvalidField(f"Invalid '{where}': the picture could not be read.", param=where) from error
+    if flat.mode == "RGBA":
+        white = Pillow.new("RGBA", flat.size, "white")
+        flat = Pillow.alpha_composite(white, flat).convert("RGB")
+    flat.thumbnail((MAX_SIDE, MAX_SIDE))
+    return flat
+
+
+def _names(digest: bytes, count: int, vocab_size: int) -> Iterable[int]:
+    """Tokens beyond the vocabulary, as 31-bit numbers, that follow from the picture alone."""
+    room = 2**31 - 1 - vocab_size
+    for i in range(count):
+        drawn = int.from_bytes(hashlib.blake2b(digest + i.to_bytes(4, "little"), digest_size=8).digest(), "little")
+        yield vocab_size + drawn % room
+
+
+def _num_bytes(picture: Picture) -> int:
+    return sum(array.nbytes for array in picture.arrays.values())

@@ -29,6 +29,15 @@ def _by_type(*known: str) -> Callable[[object], str]:
     return tag
 
 
+def _text_or_array(value: object) -> str | None:
+    return "string" if isinstance(value, str) else "array" if isinstance(value, list) else None
+
+
+# What a value is says what it is meant to be, so that a mistake inside it is told of that kind alone.
+_TEXT_OR_ARRAY = Discriminator(_text_or_array, custom_error_type="text_or_array_type", custom_error_message="neither text nor an array")
+Text = Annotated[str, Tag("string")]
+
+
 class Block(Schema):
     """`cache_control` is known everywhere and changes nothing anywhere: caching needs no marks, and what clients move from turn to turn
     must not reach the prompt."""
@@ -65,7 +74,7 @@ class DocumentSource(Schema):
     type: Literal["base64", "text", "content", "url", "file"]
     media_type: str | None = None
     data: str | None = None
-    content: str | list[TextOrImage] | None = None
+    content: Annotated[Text | Annotated[list[TextOrImage], Tag("array")], _TEXT_OR_ARRAY] | None = None
 
 
 class DocumentBlock(Block):
@@ -102,7 +111,7 @@ ResultBlock = Annotated[
 class ToolResultBlock(Block):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[ResultBlock] | None = None
+    content: Annotated[Text | Annotated[list[ResultBlock], Tag("array")], _TEXT_OR_ARRAY] | None = None
     is_error: bool | None = None
 
 
@@ -127,7 +136,7 @@ ContentBlock = Annotated[
 
 class Message(Schema):
     role: Literal["user", "assistant", "system"]
-    content: str | list[ContentBlock]
+    content: Annotated[Text | Annotated[list[ContentBlock], Tag("array")], _TEXT_OR_ARRAY]
 
 
 class CustomTool(Block):
@@ -186,7 +195,7 @@ class CountRequest(Schema):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    system: str | list[TextOnly] | None = None
+    system: Annotated[Text | Annotated[list[TextOnly], Tag("array")], _TEXT_OR_ARRAY] | None = None
     tools: Annotated[list[Tool], Field(max_length=256)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None

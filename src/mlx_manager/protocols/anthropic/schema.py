@@ -231,7 +231,7 @@ _PROMPT: Mapping[str, Rule] = {
     "cache_control": honoured("caching needs no marks; wherever one stands, it never reaches the prompt"),
     "mcp_servers": honoured("`[]`; no server is called from here"),
     "context_management": noted("the client's history is taken as it is"),
-    "diagnostics": noted("see `POST /api/prefix/explain`"),
+    "diagnostics": noted("what was found again is told by `usage` alone"),
     "speed": noted("there is one speed"),
     "billing_policy": noted("nothing is billed"),
     "user_profile_id": noted("there are no profiles"),

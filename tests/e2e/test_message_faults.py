@@ -67,9 +67,12 @@ def test_after_it_a_failure_is_the_last_event_of_the_stream(faulty: tuple[Runnin
     assert text.count('"error"') == 2
     assert "message_stop" not in text
     seen = list[str]()
-    with server.anthropic() as client, client.messages.stream(**BODY) as stream:
-        with pytest.raises(anthropic.APIStatusError, match=r"The engine failed\.") as raised:
-            seen.extend(stream.text_stream)
+    with (
+        server.anthropic() as client,
+        client.messages.stream(**BODY) as stream,
+        pytest.raises(anthropic.APIStatusError, match=r"The engine failed\.") as raised,
+    ):
+        seen.extend(stream.text_stream)
     assert seen == [event.text for event in before if isinstance(event, TextDelta)]
     assert raised.value.type == "api_error"
 

@@ -286,6 +286,14 @@ def test_the_count_is_what_the_same_message_uses_cached_or_not(client: Anthropic
     assert again.usage.input_tokens == counted.input_tokens - again.usage.cache_read_input_tokens
 
 
+def test_no_tokens_at_all_compute_the_prompt_for_who_comes_next(client: Anthropic) -> None:
+    words = " ".join(str(secrets.randbelow(1000)) for _ in range(40))
+    silent = whole(client, f"Remember {words}.", max_tokens=0)
+    assert (silent.content, silent.stop_reason, silent.usage.output_tokens) == ([], "max_tokens", 0)
+    then = whole(client, f"Remember {words}.", max_tokens=1)
+    assert (then.usage.cache_read_input_tokens or 0) > (silent.usage.cache_read_input_tokens or 0)
+
+
 def test_counting_loads_no_weights_and_counts_what_would_not_fit(tmp_path: Path) -> None:
     with serve_process(tmp_path) as server, server.anthropic() as client:
         long = [{"role": "user", "content": "apple " * 5000}]
@@ -361,7 +369,7 @@ def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_clients_look_for
 # ---- Claude Code
 
 
-RULES = " ".join(f"Rule {i}: keep file {(i * 7919) % 1000} and line {(i * 104729) % 1000} in mind." for i in range(24))
+RULES = " ".join(f"Rule {i}: keep file {(i * 7919) % 1000} and line {(i * 104729) % 1000} in mind." for i in range(48))
 BASH = {
     "name": "Bash",
     "description": "Executes a given bash command.",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+from anthropic import Anthropic
 from fastapi import FastAPI
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -50,6 +51,10 @@ class Running:
     def openai(self, **options: object) -> OpenAI:
         settings: dict[str, object] = {"max_retries": 0, "timeout": GENEROUS_S, "_strict_response_validation": True, **options}
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", **settings)  # type: ignore[arg-type]
+
+    def anthropic(self, **options: object) -> Anthropic:
+        settings: dict[str, object] = {"max_retries": 0, "timeout": GENEROUS_S, "_strict_response_validation": True, **options}
+        return Anthropic(base_url=self.url, api_key="none", **settings)  # type: ignore[arg-type]
 
     def http(self) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=GENEROUS_S, trust_env=False)

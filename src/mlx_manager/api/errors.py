@@ -8,22 +8,13 @@ from typing import Literal
 from starlette.responses import Response
 from starlette.types import Scope
 
+from mlx_manager.protocols.anthropic.errors import error_type
+
 Envelope = Literal["openai", "anthropic", "merged", "problem"]
 
 PROBLEM_TYPE = "urn:mlx-manager:problem:"
 
 _OPENAI_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"})
-
-_ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
 
 
 def envelope_of(path: str) -> Envelope:
@@ -55,8 +46,7 @@ def envelope(
         case "openai":
             content = {"error": {"message": message, "type": type_, "param": param, "code": code}}
         case "anthropic":
-            anthropic_type = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-            content = {"type": "error", "error": {"type": anthropic_type, "message": message}, "request_id": request_id}
+            content = {"type": "error", "error": {"type": error_type(status), "message": message}, "request_id": request_id}
         case "merged":
             content = {
                 "type": "error",

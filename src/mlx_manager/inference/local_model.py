@@ -1,7 +1,7 @@
 """The path of one request through a loaded model: submit → read → events."""
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_manager.core.events import Event, Finished, Usage
 from mlx_manager.inference.dialect import Dialect, Prepared
@@ -17,7 +17,10 @@ class LocalModel:
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Event]:
         """Everything after `Started`. Closing the iterator frees what the request holds. Raises `EngineFault`."""
         readers = [self.dialect.reader(prepared, choice) for choice in range(len(prepared.specs))]
-        stream = self.engine.submit(prepared.specs)
+        # Nothing is said where only the prompt is to be computed; the engine knows no reply of less than one token.
+        is_silent = prepared.request.max_tokens == 0
+        specs = tuple(replace(spec, max_tokens=1) for spec in prepared.specs) if is_silent else prepared.specs
+        stream = self.engine.submit(specs)
         unfinished = set(range(len(readers)))
         try:
             async for item in stream:
@@ -25,6 +28,8 @@ class LocalModel:
                 if item.index not in unfinished:
                     continue  # tokens that were on their way when a stop string ended the choice
                 match item:
+                    case Token() if is_silent:
+                        continue
                     case Token():
                         for event in reader.read(item):
                             yield event
@@ -33,7 +38,8 @@ class LocalModel:
                         stream.cancel(item.index)
                         ending = reader.finish("stop", at_context_end=False)
                     case Ended(index, reason):
-                        ending = reader.finish(reason, at_context_end=reader.num_tokens == prepared.room[index])
+                        is_full = reader.num_tokens == prepared.room[index]
+                        ending = reader.finish("length" if is_silent else reason, at_context_end=is_full)
                 unfinished.discard(item.index)
                 for event in ending:
                     yield event

@@ -1,0 +1,1 @@
+"""Anthropic messages and the counting of their tokens."""

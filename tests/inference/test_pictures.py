@@ -163,7 +163,7 @@ async def test_a_sequence_that_was_preempted_comes_to_the_same(device: Device) -
     cases = [(painted(name, i), LONG) for i, name in enumerate(list(COLOURS)[:6])]
     expected = await device.run(lambda: [reference(*case) for case in cases])
     specs = [spec(*case) for case in cases]
-    small = make_engine(device, kv_bytes=2 * 7 << 16)  # two prompts fit, and their replies do not
+    small = make_engine(device, kv_bytes=2 * 9 << 16)  # two prompts fit, and their replies do not
     async with attached(device, small) as engine:
         received = await within(asyncio.gather(*(receive(engine, [s]) for s in specs)), 120)
         assert engine.cache_state.num_preemptions > 0

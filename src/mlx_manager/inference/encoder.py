@@ -81,6 +81,8 @@ class Encoder:
                 return self._model(ids, token_type_ids=types, attention_mask=mask).last_hidden_state
             case "modernbert":
                 return self._model.model(ids, attention_mask=mask)["last_hidden_state"]  # its own call pools what it gives back
+            case "qwen3":
+                return self._model.model(ids, attention_mask=present)  # its own call takes no mask of floats, and pools
             case _:
                 return self._model(ids, attention_mask=mask).last_hidden_state
 

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,7 @@ async def test_everybody_else_has_a_turn_between_two_batches(device: Device) -> 
         await device.run(lambda: (device.detach(busy), device.detach(embedder)))
     assert [int(v[0]) for v in vectors] == list(range(100))
     assert len(turns_at) >= 50
-    assert all(later > earlier for earlier, later in zip(turns_at, turns_at[1:], strict=False))
+    assert all(later > earlier for earlier, later in pairwise(turns_at))
 
 
 async def test_a_short_request_does_not_wait_for_a_long_one(device: Device) -> None:
@@ -443,3 +444,16 @@ async def test_a_model_of_another_kind_says_where_to_go(pool: Pool) -> None:
     assert {(e.value.param, e.value.code) for e in (chat, embedding, vision)} == {("model", "invalid_value")}
     kinds = {status.checkpoint.id: status.checkpoint.kind for status in pool.statuses()}
     assert (kinds["qwen3"], kinds["tiny_bert"], kinds["qwen2_vl"]) == ("text", "embedding", "vision")
+
+
+async def test_how_a_model_reads_is_known_without_its_weights(device: Device, tmp_path: Path) -> None:
+    path = copy_of_tiny_bert(tmp_path / "tiny")
+    pool = pool_with(device, path)
+    (path / "model.safetensors").unlink()
+    first, second = await within(asyncio.gather(pool.text_reader("tiny"), pool.reader("tiny")))
+    assert first is second
+    assert pool.statuses()[0].state == "cold"
+    with pytest.raises(ModelLoadFailed) as failed:
+        await embed(pool, wanted("x"))
+    assert str(tmp_path) not in str(failed.value), "no path of ours"
+    assert pool.statuses()[0].state == "failed"

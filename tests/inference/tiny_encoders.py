@@ -124,7 +124,8 @@ class BertByHand:
         for i in range(self.config["num_hidden_layers"]):
             at = f"encoder.layer.{i}"
             q, k, v = (
-                self.linear(x, f"{at}.attention.self.{part}").reshape(n, heads, size).transpose(1, 0, 2) for part in ("query", "key", "value")
+                self.linear(x, f"{at}.attention.self.{part}").reshape(n, heads, size).transpose(1, 0, 2)
+                for part in ("query", "key", "value")
             )
             scores = np.exp(q @ k.transpose(0, 2, 1) / math.sqrt(size))
             attended = (scores / scores.sum(-1, keepdims=True) @ v).transpose(1, 0, 2).reshape(n, -1)

@@ -222,7 +222,8 @@ class Pool:
         except ModelLoadFailed:
             raise
         except Exception as error:
-            entry.error = f"its weights could not be read ({error})".replace(f"{entry.checkpoint.path}/", "")
+            path = str(entry.checkpoint.path)
+            entry.error = f"its weights could not be read ({error})".replace(f"{path}/", "").replace(path, "its folder")
             log.exception("model %s could not be loaded", model_id)
             raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
         else:

@@ -1,6 +1,7 @@
 """Vectors: what they must be, whatever was computed beside them; and turns, which are shared."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -203,6 +204,23 @@ async def test_tokens_go_to_the_model_as_they_are_and_must_be_in_its_vocabulary(
     with pytest.raises(InvalidField, match="1919") as refused:
         await embed(tiny, wanted((1,), (1920,)))
     assert refused.value.param == "input[1]"
+
+
+async def test_what_a_tokenizer_was_saved_with_neither_cuts_nor_pads(device: Device, tmp_path: Path) -> None:
+    path = copy_of_tiny_bert(tmp_path / "tiny")
+    saved = json.loads((path / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    saved["padding"] = {
+        "strategy": {"Fixed": 16},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "[PAD]",
+    }
+    (path / "tokenizer.json").write_text(json.dumps(saved))
+    reader = await pool_with(device, path).text_reader("tiny")
+    assert [len(tokens) for tokens in reader.encode(["a", "a " * 100])] == [3, 102]
 
 
 async def test_a_text_never_becomes_a_control_token(tiny: Pool) -> None:

@@ -102,7 +102,7 @@ def load_text_reader(checkpoint: Checkpoint) -> TextReader:
     context_length = checkpoint.context_length or DEFAULT_CONTEXT_LENGTH
     if EMBEDDING_MODULES[checkpoint.architecture] == "xlm_roberta":  # it counts its positions from after the padding's
         context_length = min(context_length, config["max_position_embeddings"] - config.get("pad_token_id", 1) - 1)
-    return TextReader(
+    reader = TextReader(
         tokenizer=tokenizer,
         context_length=context_length,
         vocab_size=config["vocab_size"],
@@ -110,6 +110,8 @@ def load_text_reader(checkpoint: Checkpoint) -> TextReader:
         shorter=_shorter(config, _read_json(checkpoint.path / "config_sentence_transformers.json")),
         reads_pairs=checkpoint.kind == "reranker",
     )
+    reader.encode([""])  # its settings are made now: later several threads use it
+    return reader
 
 
 def _shorter(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Container[int]:

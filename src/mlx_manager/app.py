@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from mlx_manager import telemetry
-from mlx_manager.api import anthropic, failures, openai, prefix, system, web
+from mlx_manager.api import anthropic, embeddings, failures, openai, prefix, system, tokens, web
 from mlx_manager.api.dependencies import Services
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
@@ -108,6 +108,8 @@ def application(services: Services) -> FastAPI:
     failures.install(app)
     app.include_router(openai.router)
     app.include_router(anthropic.router)
+    app.include_router(embeddings.router)
+    app.include_router(tokens.router)
     app.include_router(prefix.router)
     app.include_router(system.router)
     app.include_router(web.router)

@@ -107,7 +107,7 @@ class _EngineCollector(Collector):
 
 
 def trace_exchange(exchange: Exchange) -> None:
-    """Spans of one request: `generate`, and inside it `queue`, `prefill` and `decode`, where it got that far."""
+    """Spans of one request: its operation (`generate`, …), and inside it `queue`, `prefill` and `decode`, where it got that far."""
     tracer = trace.get_tracer("mlx_manager")
     wall_ns, monotonic = time.time_ns(), time.monotonic()
 
@@ -115,7 +115,7 @@ def trace_exchange(exchange: Exchange) -> None:
         return wall_ns - int((monotonic - moment) * 1e9)
 
     attributes = {
-        "gen_ai.operation.name": "generate",
+        "gen_ai.operation.name": exchange.operation,
         "gen_ai.request.model": exchange.model,
         "gen_ai.usage.input_tokens": exchange.usage.prompt,
         "gen_ai.usage.output_tokens": exchange.usage.completion,
@@ -123,7 +123,7 @@ def trace_exchange(exchange: Exchange) -> None:
         "mlx_manager.outcome": exchange.outcome,
         "mlx_manager.cached_tokens": exchange.usage.cached,
     }
-    root = tracer.start_span("generate", start_time=ns(monotonic - exchange.duration_s), attributes=attributes)
+    root = tracer.start_span(exchange.operation, start_time=ns(monotonic - exchange.duration_s), attributes=attributes)
     timing = exchange.timing
     if timing is not None:
         context = trace.set_span_in_context(root)

@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from typing import TypeVar
 
 from mlx_manager.core.events import ChoiceFinished, Event, Finished, Started, TextDelta, Usage
-from mlx_manager.core.requests import GenerationRequest
+from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RerankRequest
+from mlx_manager.core.vectors import Embeddings, Ranking
 
 STARTED = Started(prompt_tokens=3)
 HELLO = (STARTED, TextDelta("Hello"), ChoiceFinished("stop"), Finished(Usage(prompt=3, completion=1)))
 WAIT = "wait"
 
+T = TypeVar("T")
 Step = Event | BaseException | str
 
 
@@ -37,3 +40,22 @@ class Scripted:
                     yield step
         finally:
             self.num_open -= 1
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        return await self._measured(Embeddings((b"",), 7))
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        return await self._measured(Ranking((0.5,), 7))
+
+    async def _measured(self, made: T) -> T:
+        """What the script says of failing and waiting; then that."""
+        self.num_open += 1
+        try:
+            for step in self.script:
+                if isinstance(step, BaseException):
+                    raise step
+                if isinstance(step, str):
+                    await asyncio.Event().wait()
+        finally:
+            self.num_open -= 1
+        return made

@@ -6,11 +6,19 @@ import pytest
 from mlx_manager.core.errors import ContextTooLong, EngineFault, InvalidField, ModelNotFound, Overloaded, TimedOut
 from mlx_manager.core.events import Event, Finished, TextDelta, Usage, collect
 from mlx_manager.core.exchange import Exchange, Outcome
-from mlx_manager.core.requests import GenerationRequest, RawPrompt
+from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RawPrompt, RerankRequest
 from mlx_manager.gateway.gateway import Gateway
 from tests.gateway.scripted import HELLO, STARTED, WAIT, Scripted, Step
 
 REQUEST = GenerationRequest("tiny", (RawPrompt("Hello"),))
+
+
+EMBEDDING = EmbeddingRequest("tiny", ("Hello",), ("input",))
+RERANK = RerankRequest("tiny", "Hello", ("Hello",))
+
+
+async def measure(gate: Gateway, request: EmbeddingRequest | RerankRequest) -> None:
+    await (gate.embed(request) if isinstance(request, EmbeddingRequest) else gate.rerank(request))
 
 
 def gateway(*script: Step, max_requests: int = 4) -> tuple[Gateway, Scripted, list[Exchange]]:
@@ -130,3 +138,38 @@ async def test_an_idle_gateway_has_nothing_to_drain() -> None:
     gate, _, _ = gateway()
     await gate.drain()
     assert gate.is_draining
+
+
+@pytest.mark.parametrize(("request_", "operation"), [(EMBEDDING, "embeddings"), (RERANK, "rerank")])
+async def test_vectors_and_rankings_go_through_the_same_door(request_: EmbeddingRequest | RerankRequest, operation: str) -> None:
+    gate, backend, told = gateway()
+    await measure(gate, request_)
+    backend.script = (InvalidField("no", param="input"),)
+    with pytest.raises(InvalidField):
+        await measure(gate, request_)
+    backend.script = (RuntimeError("no"),)
+    with pytest.raises(RuntimeError):
+        await measure(gate, request_)
+    assert [(e.operation, e.outcome, e.backend, e.error, e.usage.prompt) for e in told] == [
+        (operation, "ok", "scripted", None, 7),
+        (operation, "client_error", None, "InvalidField", 0),
+        (operation, "server_error", None, "RuntimeError", 0),
+    ]
+    assert gate.num_in_flight == backend.num_open == 0
+
+
+async def test_vectors_have_a_place_and_are_waited_for_and_can_be_cancelled() -> None:
+    gate, backend, told = gateway(WAIT, max_requests=1)
+    running = asyncio.create_task(measure(gate, EMBEDDING))
+    await asyncio.sleep(0)
+    assert gate.num_in_flight == backend.num_open == 1
+    with pytest.raises(Overloaded):
+        await measure(gate, RERANK)
+    draining = asyncio.create_task(gate.drain())
+    await asyncio.sleep(0)
+    assert not draining.done()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await draining
+    assert [(e.operation, e.outcome) for e in told] == [("rerank", "server_error"), ("embeddings", "cancelled")]

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -6,7 +7,7 @@ from typing import Any
 import pytest
 from mlx_lm.utils import MODEL_REMAPPING
 
-from mlx_manager.hub.checkpoint import SAME_ARCHITECTURE, Checkpoint, Unusable, read
+from mlx_manager.hub.checkpoint import EMBEDDING_MODULES, SAME_ARCHITECTURE, Checkpoint, Unusable, read
 from tests.hub.folders import BERT, LLAMA, WEIGHTS, write_model, write_safetensors
 
 VISION_WEIGHTS: dict[str, Any] = {"vision_tower.proj.weight": {"dtype": "F32", "shape": [4, 2], "data_offsets": [0, 32]}}
@@ -44,6 +45,11 @@ def test_a_text_model(tmp_path: Path) -> None:
         ({"model_type": "gemma3", "text_config": {}, "image_token_index": 5}, "text"),
         (BERT, "embedding"),
         ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForMaskedLM"]}, "embedding"),
+        ({"model_type": "roberta", "architectures": ["RobertaModel"]}, "unsupported"),
+        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}, "reranker"),
+        ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForSequenceClassification"], "num_labels": 1}, "reranker"),
+        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, "unsupported"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], "num_labels": 1}, "unsupported"),
         ({"model_type": "brand_new"}, "unsupported"),
         ({"model_type": "../models/llama"}, "unsupported"),
     ],
@@ -63,6 +69,31 @@ def test_a_headless_text_model_is_an_embedding_model_only_with_sentence_transfor
     assert read(write_model(tmp_path / "bare", config), "bare").kind == "text"
     assert read(write_model(tmp_path / "pooled", config, modules=[]), "pooled").kind == "embedding"
     assert read(write_model(tmp_path / "chat", LLAMA, modules=[]), "chat").kind == "text"
+
+
+def test_a_text_model_whose_modules_pool_is_an_embedding_model(tmp_path: Path) -> None:
+    modules = [{"type": "sentence_transformers.models.Transformer"}, {"type": "sentence_transformers.models.Pooling"}]
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    assert read(write_model(tmp_path / "pooled", config, modules=modules), "pooled").kind == "embedding"
+    assert read(write_model(tmp_path / "chat", config), "chat").kind == "text"
+    assert read(write_model(tmp_path / "nobody", LLAMA, modules=modules), "nobody").kind == "unsupported"
+    assert reason(write_model(tmp_path / "odd", config, modules={})) == "modules.json is not an array"
+
+
+def test_the_weights_of_an_embedding_models_steps_are_looked_at_too(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", {"model_type": "gemma3_text", "architectures": ["Gemma3TextModel"]}, modules=[])
+    (path / "2_Dense").mkdir()
+    write_safetensors(path / "2_Dense" / "model.safetensors")
+    assert read(path, "model").num_parameters == 16
+    (path / "2_Dense" / "model.safetensors").write_bytes(b"x" * 100)
+    assert reason(path).startswith("2_Dense/model.safetensors: its header")
+
+
+def test_what_is_called_an_embedding_model_has_a_module_in_mlx_embeddings() -> None:
+    spec = importlib.util.find_spec("mlx_embeddings")
+    assert spec is not None
+    assert spec.origin is not None
+    assert all((Path(spec.origin).parent / "models" / f"{module}.py").is_file() for module in EMBEDDING_MODULES.values())
 
 
 def test_the_remapped_architectures_are_mlx_lms() -> None:

@@ -55,6 +55,8 @@ def _overflow(error: ContextTooLong, path: str) -> tuple[str, str]:
     if path.startswith("/v1/responses"):
         beginning = "Your input exceeds the context window of this model. Please adjust your input and try again."
         return f"{beginning} This model's maximum context length is {error.limit} tokens; your input is {error.tokens} tokens.", "input"
+    if error.where is not None:
+        return error.message, error.where.partition("[")[0]
     return error.message, {"/v1/completions": "prompt", "/v1/embeddings": "input"}.get(path, "messages")
 
 

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from mlx_manager.api.answer import answer, documented_body
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.core.errors import ModelNotFound
+from mlx_manager.hub.checkpoint import Kind
 from mlx_manager.inference.pool import ModelStatus
 from mlx_manager.protocols.openai import schema
 from mlx_manager.protocols.openai.requests import read_chat, read_completion
@@ -19,6 +20,12 @@ from mlx_manager.protocols.openai.responses import ChatWriter, CompletionWriter
 
 router = APIRouter(tags=["OpenAI"])
 
+_CAPABILITIES: dict[Kind, list[str]] = {
+    "text": ["chat", "completions"],
+    "embedding": ["embeddings", "rerank"],
+    "reranker": ["rerank"],
+    "vision": [],
+}
 _FINGERPRINT = f"mlx-manager-{version('mlx-manager')}"
 
 
@@ -90,4 +97,6 @@ def _model(status: ModelStatus) -> dict[str, Any]:
         "max_input_tokens": checkpoint.context_length,
         "max_tokens": checkpoint.context_length,
         "state": status.state,
+        "kind": checkpoint.kind,
+        "capabilities": _CAPABILITIES[checkpoint.kind],
     }

@@ -34,7 +34,7 @@ def page(root: str, now: ServerStatus | None) -> str:
         root=root,
         needs_key=now is None,
         status=now.model_dump_json() if now else None,
-        model=models[0].id if models else UNKNOWN_MODEL,
+        model=next((model.id for model in models if model.kind == "text"), UNKNOWN_MODEL),
         files=_ADDRESSES,
     )
 

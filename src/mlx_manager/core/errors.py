@@ -38,13 +38,16 @@ class InvalidField(RequestError):
 
 
 class ContextTooLong(RequestError):
-    def __init__(self, *, limit: int, tokens: int) -> None:
+    """`where` is the path of the text that is too long, where there are several."""
+
+    def __init__(self, *, limit: int, tokens: int, where: str | None = None) -> None:
         super().__init__(
             f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} tokens. "
-            "Please reduce the length of the messages."
+            "Please reduce the length of the messages." + ("" if where is None else f" The text that is too long is '{where}'.")
         )
         self.limit = limit
         self.tokens = tokens
+        self.where = where
 
 
 class PromptTooLarge(ContextTooLong):
@@ -56,6 +59,7 @@ class PromptTooLarge(ContextTooLong):
         )
         self.tokens = tokens
         self.limit = limit
+        self.where = None
 
 
 class ModelNotFound(RequestError):

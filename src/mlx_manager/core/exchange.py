@@ -6,6 +6,7 @@ from typing import Literal
 
 from mlx_manager.core.events import Timing, Usage
 
+Operation = Literal["generate", "embeddings", "rerank"]
 Outcome = Literal["ok", "client_error", "server_error", "cancelled"]
 
 
@@ -20,6 +21,7 @@ class Exchange:
     usage: Usage
     timing: Timing | None = None
     error: str | None = None
+    operation: Operation = "generate"
 
 
 ExchangeListener = Callable[[Exchange], None]

@@ -160,3 +160,25 @@ class GenerationRequest:
     priority: Priority = "normal"
     client: str = ""
     timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """A vector wanted for each input: text, or token ids that go to the model as they are. `dimensions` None: as many as the model makes.
+    `where` names each input as the client wrote it; `timeout_s` is the server's, for the whole reply."""
+
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    where: tuple[str, ...] = field(compare=False)
+    dimensions: int | None = None
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RerankRequest:
+    """How well each document answers the query."""
+
+    model: str
+    query: str
+    documents: tuple[str, ...]
+    timeout_s: float | None = None

@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from mlx_manager.core.events import Event
-from mlx_manager.core.requests import GenerationRequest
+from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RerankRequest
+from mlx_manager.core.vectors import Embeddings, Ranking
 
 
 class Backend(Protocol):
@@ -15,4 +16,12 @@ class Backend(Protocol):
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         """`Started` as soon as the cheap checks are done, then the reply. Raises `core.errors`; closing it frees everything."""
+        ...
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Raises `core.errors`; cancelling it frees everything."""
+        ...
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        """As `embed`."""
         ...

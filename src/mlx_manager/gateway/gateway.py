@@ -4,12 +4,28 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 
 from mlx_manager.core.errors import EngineFault, Overloaded, RequestError
-from mlx_manager.core.events import Event, Finished, Started, Usage
-from mlx_manager.core.exchange import Exchange, ExchangeListener, Outcome
-from mlx_manager.core.requests import GenerationRequest
+from mlx_manager.core.events import Event, Finished, Started, Timing, Usage
+from mlx_manager.core.exchange import Exchange, ExchangeListener, Operation, Outcome
+from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RerankRequest
+from mlx_manager.core.vectors import Embeddings, Ranking
 from mlx_manager.gateway.backend import Backend
+
+
+@dataclass(slots=True)
+class _Account:
+    """What is known of a request so far. It is cancelled until something else is known: whoever goes away closes us in between."""
+
+    outcome: Outcome = "cancelled"
+    backend: str | None = None
+    usage: Usage = field(default_factory=Usage)
+    timing: Timing | None = None
+    error: str | None = None
+
+    def ended(self, backend: str, usage: Usage) -> None:
+        self.outcome, self.backend, self.usage = "ok", backend, usage
 
 
 class Gateway:
@@ -26,38 +42,55 @@ class Gateway:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         """The events of the reply. Raises `core.errors`; closing the iterator early cancels the request."""
+        with self._told(request.model, "generate") as account, self._place():
+            async with aclosing(self._backend.stream(request)) as events:
+                async for event in events:
+                    account.backend = self._backend.name
+                    if isinstance(event, Started):
+                        account.usage = Usage(prompt=event.prompt_tokens)
+                    elif isinstance(event, Finished):
+                        account.usage, account.timing, account.outcome = event.usage, event.timing, "ok"
+                    yield event
+            if account.outcome != "ok":
+                raise EngineFault("The reply ended before it was complete.")
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Raises `core.errors`; cancelling it cancels the request."""
+        with self._told(request.model, "embeddings") as account, self._place():
+            made = await self._backend.embed(request)
+            account.ended(self._backend.name, Usage(prompt=made.prompt_tokens))
+            return made
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        """As `embed`."""
+        with self._told(request.model, "rerank") as account, self._place():
+            ranking = await self._backend.rerank(request)
+            account.ended(self._backend.name, Usage(prompt=ranking.prompt_tokens))
+            return ranking
+
+    @contextmanager
+    def _told(self, model: str, operation: Operation) -> Generator["_Account"]:
+        """Tells each listener, at the end, what became of a request."""
         began = time.monotonic()
-        outcome: Outcome = "cancelled"  # until something else is known: whoever goes away closes us in between
-        backend: str | None = None
-        error_name: str | None = None
-        usage, end = Usage(), None
+        account = _Account()
         try:
-            with self._place():
-                async with aclosing(self._backend.stream(request)) as events:
-                    async for event in events:
-                        backend = self._backend.name
-                        if isinstance(event, Started):
-                            usage = Usage(prompt=event.prompt_tokens)
-                        elif isinstance(event, Finished):
-                            end, usage, outcome = event, event.usage, "ok"
-                        yield event
-                if end is None:
-                    raise EngineFault("The reply ended before it was complete.")
+            yield account
         except RequestError as error:
-            outcome, error_name = "client_error", type(error).__name__
+            account.outcome, account.error = "client_error", type(error).__name__
             raise
         except Exception as error:
-            outcome, error_name = "server_error", type(error).__name__
+            account.outcome, account.error = "server_error", type(error).__name__
             raise
         finally:
             exchange = Exchange(
-                model=request.model,
-                backend=backend,
-                outcome=outcome,
+                model=model,
+                backend=account.backend,
+                outcome=account.outcome,
                 duration_s=time.monotonic() - began,
-                usage=usage,
-                timing=end.timing if end else None,
-                error=error_name,
+                usage=account.usage,
+                timing=account.timing,
+                error=account.error,
+                operation=operation,
             )
             for listen in self._listeners:
                 listen(exchange)

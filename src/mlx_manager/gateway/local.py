@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 
+from mlx_manager.core.errors import TimedOut
 from mlx_manager.core.events import Event, Started
-from mlx_manager.core.requests import GenerationRequest
+from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RerankRequest
+from mlx_manager.core.vectors import Embeddings, Ranking
 from mlx_manager.inference.pool import Pool
 
 
@@ -22,3 +24,27 @@ class LocalBackend:
         async with self._pool.lend(request.model) as model, aclosing(model.generate(prepared)) as events:
             async for event in events:
                 yield event
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        async with _within(request.timeout_s):
+            reader = await self._pool.text_reader(request.model)
+            prepared = await asyncio.to_thread(reader.prepare, request)
+            async with self._pool.lend_embedder(request.model) as model:
+                return await model.embed(prepared)
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        async with _within(request.timeout_s):
+            reader = await self._pool.text_reader(request.model)
+            prepared = await asyncio.to_thread(reader.prepare_ranking, request)
+            async with self._pool.lend_embedder(request.model) as model:
+                return await model.rank(prepared)
+
+
+@asynccontextmanager
+async def _within(timeout_s: float | None) -> AsyncGenerator[None]:
+    """Raises `TimedOut` for what takes longer."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError:
+        raise TimedOut("The request took longer than it may.") from None

@@ -3,14 +3,14 @@
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from mlx_manager.hub.safetensors import BadHeader, Tensor, read_header
 
-Kind = Literal["text", "vision", "embedding", "unsupported"]
+Kind = Literal["text", "vision", "embedding", "reranker", "unsupported"]
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 MAX_ID_LENGTH = 256
@@ -18,6 +18,16 @@ MAX_JSON_BYTES = 100_000_000
 CODE_KEYS = ("auto_map", "model_file")
 """Keys of config.json that name Python files to import."""
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "modernbert", "nomic_bert"})
+EMBEDDING_MODULES = {
+    "bert": "bert",
+    "xlm-roberta": "xlm_roberta",
+    "modernbert": "modernbert",
+    "gemma3_text": "gemma3_text",
+    "qwen3": "qwen3",
+    "llama_bidirec": "llama_bidirec",
+}
+"""The module of mlx-embeddings that makes one vector of a text, by model type."""
+CROSS_ENCODERS = frozenset({"bert", "xlm-roberta", "modernbert"})
 SAME_ARCHITECTURE = {
     "mistral": "llama",
     "phi-msft": "phixtral",
@@ -91,11 +101,14 @@ def _read(path: Path, id: str) -> Checkpoint:
             tensors |= read_header(file)
         except BadHeader as error:
             raise Unusable(f"{file.name}: {error}") from error
+    kind = _kind(config, architecture, tensors, _read_array(path / "modules.json"))
+    if kind in ("embedding", "reranker"):
+        tensors |= _read_steps(path)
     quantization = _quantization(config)
     return Checkpoint(
         id=id,
         path=path,
-        kind=_kind(config, architecture, tensors, is_sentence_transformer=(path / "modules.json").is_file()),
+        kind=kind,
         architecture=architecture,
         context_length=_context_length(config, _read_json(path / "tokenizer_config.json") or {}),
         size_bytes=sum(file.stat().st_size for file in files),
@@ -106,7 +119,22 @@ def _read(path: Path, id: str) -> Checkpoint:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is no such file. A pipe or a device is not opened: reading it might never end."""
+    """The object in a file; None if there is no such file."""
+    value = _read_value(path)
+    if value is not None and not isinstance(value, dict):
+        raise Unusable(f"{path.name} is not an object")
+    return cast(dict[str, Any] | None, value)
+
+
+def _read_array(path: Path) -> list[Any] | None:
+    value = _read_value(path)
+    if value is not None and not isinstance(value, list):
+        raise Unusable(f"{path.name} is not an array")
+    return cast(list[Any] | None, value)
+
+
+def _read_value(path: Path) -> object:
+    """What JSON is in a file; None if there is no such file. A pipe or a device is not opened: reading it might never end."""
     if not path.is_file():
         return None
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -115,9 +143,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         value: object = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise Unusable(f"{path.name} is not JSON") from error
-    if not isinstance(value, dict):
-        raise Unusable(f"{path.name} is not an object")
-    return cast(dict[str, Any], value)
+    return False if value is None else value  # a null is no object either
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -137,17 +163,41 @@ def _weight_files(path: Path) -> list[Path]:
     return list(files.values())
 
 
-def _kind(config: Mapping[str, Any], architecture: str, tensors: Mapping[str, Tensor], *, is_sentence_transformer: bool) -> Kind:
+def _read_steps(path: Path) -> dict[str, Tensor]:
+    """The weights of the steps that follow an embedding model's layers. Each has a folder; its loader reads what is in any."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(path.rglob("model*.safetensors")):
+        if file.parent != path and file.is_file():
+            name = str(file.relative_to(path))
+            try:
+                tensors |= {f"{name}/{tensor}": entry for tensor, entry in read_header(file).items()}
+            except BadHeader as error:
+                raise Unusable(f"{name[:100]}: {error}") from error
+    return tensors
+
+
+def _kind(config: Mapping[str, Any], architecture: str, tensors: Mapping[str, Tensor], steps: Sequence[Any] | None) -> Kind:
     """Vision before text: families such as gemma3 and mistral3 are served by mlx-lm too, without their eyes. An image token alone
-    does not make a vision model, since a text model cut out of one keeps it."""
+    does not make a vision model, since a text model cut out of one keeps it. `steps` are those of modules.json: of sentence-transformers'
+    models, some have the architecture of a text model."""
     has_image_token = "image_token_id" in config or "image_token_index" in config
     if isinstance(config.get("vision_config"), dict) or (has_image_token and any("vision" in n or "visual" in n for n in tensors)):
         return "vision"
     architectures = config.get("architectures")
-    is_headless = isinstance(architectures, list) and all(str(name).endswith("Model") for name in cast(list[object], architectures))
-    if architecture in ENCODERS or (is_headless and is_sentence_transformer):
-        return "embedding"
+    names = [str(name) for name in cast(list[object], architectures)] if isinstance(architectures, list) else None
+    if names and any(name.endswith("ForSequenceClassification") for name in names):
+        return "reranker" if architecture in CROSS_ENCODERS and _num_labels(config) == 1 else "unsupported"
+    is_headless = names is not None and all(name.endswith("Model") for name in names)
+    pools = any(str(_object(step).get("type")).endswith(".Pooling") for step in steps or ())
+    if architecture in ENCODERS or pools or (is_headless and steps is not None):
+        return "embedding" if architecture in EMBEDDING_MODULES else "unsupported"
     return "text" if _mlx_lm_has(SAME_ARCHITECTURE.get(architecture, architecture)) else "unsupported"
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    """Of a classifier; transformers' default is 2."""
+    labels = config.get("id2label")
+    return len(cast(dict[str, Any], labels)) if isinstance(labels, dict) else _positive(config.get("num_labels")) or 2
 
 
 def _mlx_lm_has(architecture: str) -> bool:

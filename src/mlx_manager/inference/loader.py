@@ -11,13 +11,16 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from mlx_manager.hub.checkpoint import EMBEDDING_MODULES, Checkpoint
 from mlx_manager.hub.fingerprint import fingerprint
 from mlx_manager.inference.dialect import Dialect
+from mlx_manager.inference.embedder import Embedder
+from mlx_manager.inference.encoder import Encoder
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.disk_tier import DiskTier
@@ -27,6 +30,7 @@ from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.scheduler import Policy, Scheduler
 from mlx_manager.inference.families.detect import detect
 from mlx_manager.inference.picture_reader import PictureReader
+from mlx_manager.inference.text_reader import TextReader
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +111,47 @@ def _load_processor(path: Path, architecture: str) -> Any:
     with _importing:
         importlib.import_module(f"mlx_vlm.models.{name}")  # it registers a processor of its own
     return load_processor(path, add_detokenizer=False, trust_remote_code=False, local_files_only=True)
+
+
+def load_text_reader(checkpoint: Checkpoint) -> TextReader:
+    """All of an embedding or reranking model but its weights. Any thread."""
+    import_libraries()
+    from transformers import AutoTokenizer
+
+    config = _read_json(checkpoint.path / "config.json")
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    context_length = checkpoint.context_length or DEFAULT_CONTEXT_LENGTH
+    if EMBEDDING_MODULES[checkpoint.architecture] == "xlm_roberta":  # it counts its positions from after the padding's
+        context_length = min(context_length, config["max_position_embeddings"] - config.get("pad_token_id", 1) - 1)
+    reader = TextReader(
+        tokenizer=tokenizer,
+        context_length=context_length,
+        vocab_size=config["vocab_size"],
+        dimensions=config["hidden_size"],
+        shorter=_shorter(config, _read_json(checkpoint.path / "config_sentence_transformers.json")),
+        reads_pairs=checkpoint.kind == "reranker",
+    )
+    reader.encode([""])  # its settings are made now: later several threads use it
+    return reader
+
+
+def _shorter(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Container[int]:
+    """To which sizes the vectors of a Matryoshka model can be cut: those that it names, or any where it only says that it is one."""
+    for said in (config, pipeline):
+        if sizes := said.get("matryoshka_dimensions"):
+            return frozenset(sizes)
+        if said.get("is_matryoshka") is True:
+            return range(1, config["hidden_size"])
+    return ()
+
+
+def load_embedder(checkpoint: Checkpoint, device: Device, limits: EngineLimits) -> Embedder:
+    """Reads the weights of an embedding or reranking model. On the device thread."""
+    import_libraries()
+    encoder = Encoder(checkpoint.path, checkpoint.kind)
+    embedder = Embedder(device, encoder, Pace(limits.prefill_budget, limits.step_s))
+    device.attach(embedder)
+    return embedder
 
 
 def load_engine(path: Path, dialect: Dialect, device: Device, limits: EngineLimits) -> Engine:

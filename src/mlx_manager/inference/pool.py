@@ -6,15 +6,17 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from mlx_manager.core.errors import EngineFault, ModelLoadFailed, ModelNotFound
+from mlx_manager.core.errors import EngineFault, InvalidField, ModelLoadFailed, ModelNotFound
 from mlx_manager.hub.checkpoint import Checkpoint
 from mlx_manager.inference.dialect import Dialect
+from mlx_manager.inference.embedder import LocalEmbedder
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import CacheState, Engine
-from mlx_manager.inference.loader import EngineLimits, load_dialect, load_engine
+from mlx_manager.inference.loader import EngineLimits, load_dialect, load_embedder, load_engine, load_text_reader
 from mlx_manager.inference.local_model import LocalModel
+from mlx_manager.inference.text_reader import TextReader
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +37,18 @@ class ModelStatus:
     cache: CacheState | None = None
 
 
-class _Entry:
+R = TypeVar("R")
+M = TypeVar("M")
+
+
+class _Entry(Generic[R, M]):
+    """A model: how it reads, which is known before its weights are, and the model itself."""
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.dialect: asyncio.Task[Dialect] | None = None
-        self.loading: asyncio.Task[LocalModel] | None = None
-        self.model: LocalModel | None = None
+        self.reading: asyncio.Task[R] | None = None
+        self.loading: asyncio.Task[M] | None = None
+        self.model: M | None = None
         self.error: str | None = None
         self.load_s: float | None = None
 
@@ -52,6 +60,43 @@ class _Entry:
             return "loading"
         return "failed" if self.error is not None else "cold"
 
+    def read(self) -> R:
+        """Any thread."""
+        raise NotImplementedError
+
+    def load(self, reader: R, device: Device, limits: EngineLimits) -> M:
+        """On the device thread."""
+        raise NotImplementedError
+
+
+class _TextEntry(_Entry[Dialect, LocalModel]):
+    def read(self) -> Dialect:
+        return load_dialect(self.checkpoint.path, self.checkpoint.context_length)
+
+    def load(self, reader: Dialect, device: Device, limits: EngineLimits) -> LocalModel:
+        return LocalModel(reader, load_engine(self.checkpoint.path, reader, device, limits))
+
+
+class _EmbeddingEntry(_Entry[TextReader, LocalEmbedder]):
+    def read(self) -> TextReader:
+        return load_text_reader(self.checkpoint)
+
+    def load(self, reader: TextReader, device: Device, limits: EngineLimits) -> LocalEmbedder:
+        return LocalEmbedder(reader, load_embedder(self.checkpoint, device, limits))
+
+
+class _VisionEntry(_Entry[Any, Any]):
+    """Is listed; nobody gets it."""
+
+
+_AnyEntry = _TextEntry | _EmbeddingEntry | _VisionEntry
+_ENTRIES: dict[str, type[_AnyEntry]] = {
+    "text": _TextEntry,
+    "embedding": _EmbeddingEntry,
+    "reranker": _EmbeddingEntry,
+    "vision": _VisionEntry,
+}
+
 
 class Pool:
     """Owned by the event loop. A model is loaded by the first request for it and stays; nobody has to leave yet."""
@@ -60,7 +105,7 @@ class Pool:
         self._device = device
         self._find = find_checkpoints
         self._limits = limits
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _AnyEntry] = {}
         self._waiting: set[asyncio.Future[str]] = set()  # one for each who waits for a load; its result ends the wait
         self._notice(find_checkpoints())
 
@@ -69,69 +114,57 @@ class Pool:
         self._notice(await asyncio.to_thread(self._find))
 
     def _notice(self, checkpoints: list[Checkpoint]) -> None:
-        found = {c.id: c for c in checkpoints if c.kind == "text"}
+        found = {c.id: c for c in checkpoints if c.kind in _ENTRIES}
         for model_id, checkpoint in found.items():
             entry = self._entries.get(model_id)
             if entry is None or (entry.state in ("cold", "failed") and entry.checkpoint != checkpoint):
-                self._entries[model_id] = _Entry(checkpoint)
+                self._entries[model_id] = _ENTRIES[checkpoint.kind](checkpoint)
         for model_id in [i for i, e in self._entries.items() if i not in found and e.state in ("cold", "failed")]:
             del self._entries[model_id]
 
     def statuses(self) -> list[ModelStatus]:
         """Every model, by id."""
-        return [
-            ModelStatus(
-                checkpoint=e.checkpoint,
-                state=e.state,
-                error=e.error,
-                load_s=e.load_s,
-                num_running=e.model.engine.num_running if e.model else 0,
-                num_waiting=e.model.engine.num_waiting if e.model else 0,
-                cache=e.model.engine.cache_state if e.model else None,
-            )
-            for _, e in sorted(self._entries.items())
-        ]
+        return [_status(entry) for _, entry in sorted(self._entries.items())]
 
     def engines(self) -> dict[str, Engine]:
-        return {i: e.model.engine for i, e in self._entries.items() if e.model is not None}
+        """Of the text models that are loaded."""
+        return {i: e.model.engine for i, e in self._entries.items() if isinstance(e, _TextEntry) and e.model is not None}
 
     async def dialect(self, model_id: str) -> Dialect:
-        """How the model reads and writes; does not load its weights. Raises `ModelNotFound` and `ModelLoadFailed`."""
+        """How a text model reads and writes; does not load its weights. Raises `ModelNotFound`, `ModelLoadFailed`, and `InvalidField` for a
+        model of another kind."""
+        return await self._read(await self._text(model_id))
+
+    async def text_reader(self, model_id: str) -> TextReader:
+        """The same of an embedding or reranking model."""
+        return await self._read(await self._embedding(model_id))
+
+    async def reader(self, model_id: str) -> Dialect | TextReader:
+        """The same of a model of any of these kinds."""
         entry = await self._entry(model_id)
-        if entry.dialect is None:
-            checkpoint = entry.checkpoint
-            read = asyncio.to_thread(load_dialect, checkpoint.path, checkpoint.context_length)
-            entry.dialect = asyncio.create_task(read)
-            entry.dialect.add_done_callback(_seen)
-        reading = entry.dialect
-        try:
-            return await asyncio.shield(reading)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            if entry.dialect is reading:  # another who waited for it may have begun anew
-                entry.dialect = None
-            entry.error = f"its tokenizer or configuration could not be read ({type(error).__name__})"
-            log.exception("model %s: the tokenizer or configuration could not be read", model_id)
-            raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
+        return await self._read(entry) if isinstance(entry, _EmbeddingEntry) else await self.dialect(model_id)
 
     @asynccontextmanager
     async def lend(self, model_id: str) -> AsyncGenerator[LocalModel]:
         """The model, loaded if need be: once, however many wait, and to its end even if they go.
-        Raises `ModelNotFound` and `ModelLoadFailed`; after a failure the next request tries again."""
-        entry = await self._entry(model_id)
-        if entry.model is None:
-            if entry.loading is None:
-                entry.loading = asyncio.create_task(self._load(entry))
-                entry.loading.add_done_callback(_seen)
-            await self._unless_aborted(entry.loading)
-        assert entry.model is not None
-        yield entry.model
+        Raises what `dialect` does; after a failure the next request tries again."""
+        yield await self._loaded(await self._text(model_id))
+
+    @asynccontextmanager
+    async def lend_embedder(self, model_id: str) -> AsyncGenerator[LocalEmbedder]:
+        """The same of an embedding or reranking model."""
+        yield await self._loaded(await self._embedding(model_id))
 
     def abort(self, error: EngineFault) -> None:
         """Ends every reply under way with `error`, and every wait for a model; a load that has begun goes on."""
-        for engine in self.engines().values():
-            engine.abort(error)
+        for entry in self._entries.values():
+            match entry:
+                case _TextEntry(model=LocalModel(engine=engine)):
+                    engine.abort(error)
+                case _EmbeddingEntry(model=LocalEmbedder(embedder=embedder)):
+                    embedder.abort(error)
+                case _:
+                    pass
         for ending in self._waiting:
             if not ending.done():
                 ending.set_result(error.message)
@@ -141,7 +174,7 @@ class Pool:
         for engine in self.engines().values():
             await self._device.run(engine.close)
 
-    async def _unless_aborted(self, loading: asyncio.Task[LocalModel]) -> None:
+    async def _unless_aborted(self, loading: asyncio.Task[Any]) -> None:
         """Waits for a load without cancelling it. Raises what it raises, or `EngineFault` if `abort` comes first."""
         ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting.add(ending)
@@ -153,35 +186,98 @@ class Pool:
             raise EngineFault(ending.result())
         loading.result()
 
-    async def _load(self, entry: _Entry) -> LocalModel:
+    async def _read(self, entry: _Entry[R, Any]) -> R:
+        model_id = entry.checkpoint.id
+        if entry.reading is None:
+            entry.reading = asyncio.create_task(asyncio.to_thread(entry.read))
+            entry.reading.add_done_callback(_seen)
+        reading = entry.reading
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            if entry.reading is reading:  # another who waited for it may have begun anew
+                entry.reading = None
+            entry.error = f"its tokenizer or configuration could not be read ({type(error).__name__})"
+            log.exception("model %s: the tokenizer or configuration could not be read", model_id)
+            raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
+
+    async def _loaded(self, entry: _Entry[Any, M]) -> M:
+        if entry.model is None:
+            if entry.loading is None:
+                entry.loading = asyncio.create_task(self._load(entry))
+                entry.loading.add_done_callback(_seen)
+            await self._unless_aborted(entry.loading)
+        assert entry.model is not None
+        return entry.model
+
+    async def _load(self, entry: _Entry[R, M]) -> M:
         model_id = entry.checkpoint.id
         started = time.monotonic()
         entry.error = None
         try:
-            dialect = await self.dialect(model_id)
-            path = entry.checkpoint.path
-            engine = await self._device.run(lambda: load_engine(path, dialect, self._device, self._limits))
+            reader = await self._read(entry)
+            entry.model = await self._device.run(lambda: entry.load(reader, self._device, self._limits))
         except ModelLoadFailed:
             raise
         except Exception as error:
-            entry.error = f"its weights could not be read ({error})".replace(f"{entry.checkpoint.path}/", "")
+            path = str(entry.checkpoint.path)
+            entry.error = f"its weights could not be read ({error})".replace(f"{path}/", "").replace(path, "its folder")
             log.exception("model %s could not be loaded", model_id)
             raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
         else:
             entry.load_s = time.monotonic() - started
-            entry.model = LocalModel(dialect, engine)
             log.info("model %s is ready after %.1f s", model_id, entry.load_s)
             return entry.model
         finally:
             entry.loading = None
 
-    async def _entry(self, model_id: str) -> _Entry:
+    async def _text(self, model_id: str) -> _TextEntry:
+        entry = await self._entry(model_id)
+        if isinstance(entry, _TextEntry):
+            return entry
+        does = {
+            "embedding": "makes embeddings: use /v1/embeddings.",
+            "reranker": "ranks documents: use /v1/rerank.",
+            "vision": "reads pictures, which is not built yet.",
+        }
+        raise InvalidField(f"The model '{model_id}' {does[entry.checkpoint.kind]}", param="model")
+
+    async def _embedding(self, model_id: str) -> _EmbeddingEntry:
+        entry = await self._entry(model_id)
+        if isinstance(entry, _EmbeddingEntry):
+            return entry
+        if entry.checkpoint.kind == "vision":
+            raise InvalidField(f"The model '{model_id}' reads pictures and makes no embeddings.", param="model")
+        raise InvalidField(f"The model '{model_id}' writes text and makes no embeddings: use /v1/chat/completions.", param="model")
+
+    async def _entry(self, model_id: str) -> _AnyEntry:
         if model_id not in self._entries:
             await self.refresh()  # it may have been put there since
         entry = self._entries.get(model_id)
         if entry is None:
             raise ModelNotFound(model_id, sorted(self._entries))
         return entry
+
+
+def _status(entry: _AnyEntry) -> ModelStatus:
+    match entry:
+        case _TextEntry(model=LocalModel(engine=engine)):
+            num_running, num_waiting, cache = engine.num_running, engine.num_waiting, engine.cache_state
+        case _EmbeddingEntry(model=LocalEmbedder(embedder=embedder)):
+            num_running, num_waiting, cache = embedder.num_running, 0, None
+        case _:
+            num_running, num_waiting, cache = 0, 0, None
+    return ModelStatus(
+        checkpoint=entry.checkpoint,
+        state=entry.state,
+        error=entry.error,
+        load_s=entry.load_s,
+        num_running=num_running,
+        num_waiting=num_waiting,
+        cache=cache,
+    )
 
 
 def _seen(task: asyncio.Task[Any]) -> None:

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 
 from mlx_manager.protocols.anthropic.schema import COUNT_FIELDS, MESSAGE_FIELDS
 from mlx_manager.protocols.fields import Rule
+from mlx_manager.protocols.openai.embeddings import EMBEDDING_FIELDS
+from mlx_manager.protocols.openai.rerank import RERANK_FIELDS
 from mlx_manager.protocols.openai.schema import CHAT_FIELDS, COMPLETION_FIELDS
+from mlx_manager.protocols.openai.tokens import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 
 _INTRODUCTION = """\
 # Request fields
@@ -19,7 +22,7 @@ Nothing is ignored in silence. Every field has one of three classes:
 A field that is not listed here is accepted, has no effect, and is named in `x-ignored-fields`. An explicit `null` is the same as
 an absent field; `0`, `""`, `false` and `[]` are values.
 
-This page is made from the tables in `src/mlx_manager/protocols/*/schema.py`.
+This page is made from the tables in `src/mlx_manager/protocols`.
 """
 
 _ENDPOINTS: Mapping[str, Mapping[str, Rule]] = {
@@ -27,6 +30,10 @@ _ENDPOINTS: Mapping[str, Mapping[str, Rule]] = {
     "POST /v1/completions": COMPLETION_FIELDS,
     "POST /v1/messages": MESSAGE_FIELDS,
     "POST /v1/messages/count_tokens": COUNT_FIELDS,
+    "POST /v1/embeddings": EMBEDDING_FIELDS,
+    "POST /v1/rerank": RERANK_FIELDS,
+    "POST /v1/tokenize": TOKENIZE_FIELDS,
+    "POST /v1/detokenize": DETOKENIZE_FIELDS,
 }
 
 

@@ -78,7 +78,8 @@ function show(status) {
 
   // The recipes keep their model while it is there: nobody wants a text to change that is being copied.
   const named = document.querySelectorAll(".model");
-  if (models.length > 0 && !rows.has(named[0].textContent)) named.forEach((span) => setText(span, models[0].id));
+  const talker = models.find((model) => model.kind === "text");
+  if (talker !== undefined && !rows.has(named[0].textContent)) named.forEach((span) => setText(span, talker.id));
 
   byId("running").hidden = byId("models").hidden = false;
   byId("unlock").hidden = true;

@@ -26,10 +26,11 @@ from mlx_manager.core.requests import (
     ToolSpec,
 )
 from mlx_manager.protocols.body import read_json_object
-from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
+from mlx_manager.protocols.fields import Rule, invalid_field, quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import file_text, image_from_url
 from mlx_manager.protocols.openai import schema
+from mlx_manager.protocols.openai.checked import checked
 from mlx_manager.protocols.wire import Wanted
 
 S = TypeVar("S", bound=schema.Sampling)
@@ -56,20 +57,9 @@ def read_chat(body: bytes) -> OpenAIWanted:
     if wire.modalities is not None and wire.modalities != ["text"]:
         raise _unsupported("modalities", 'models here write text: use ["text"]')
     output, output_field = _output(wire)
-    tools = tuple(_tool(tool, i) for i, tool in enumerate(wire.tools or ()))
-    names = [tool.name for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise InvalidField(f"Two tools are named '{name}': every tool needs a name of its own.", param=f"tools[{i}].function.name")
-    conversation = Conversation(
-        messages=tuple(_message(m, i) for i, m in enumerate(wire.messages)),
-        tools=tools,
-        tool_choice=_tool_choice(wire.tool_choice, names),
-        reasoning=_reasoning(wire),
-    )
     request = GenerationRequest(
         model=wire.model,
-        prompts=(conversation,),
+        prompts=(conversation_of(wire),),
         sampling=_sampling(wire),
         max_tokens=next(iter(limits), None),
         stop=_stop(wire),
@@ -85,6 +75,21 @@ def read_chat(body: bytes) -> OpenAIWanted:
         ignored=ignored,
         reasoning_fields=_reasoning_fields(wire),
         include_usage=_include_usage(wire),
+    )
+
+
+def conversation_of(wire: schema.ChatRequest) -> Conversation:
+    """Raises `InvalidField`."""
+    tools = tuple(_tool(tool, i) for i, tool in enumerate(wire.tools or ()))
+    names = [tool.name for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InvalidField(f"Two tools are named '{name}': every tool needs a name of its own.", param=f"tools[{i}].function.name")
+    return Conversation(
+        messages=tuple(_message(m, i) for i, m in enumerate(wire.messages)),
+        tools=tools,
+        tool_choice=_tool_choice(wire.tool_choice, names),
+        reasoning=_reasoning(wire),
     )
 
 
@@ -118,15 +123,10 @@ def read_completion(body: bytes) -> OpenAIWanted:
 
 
 def _read(body: bytes, model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tuple[str, ...]]:
-    given = without_nulls(read_json_object(body))
-    ignored = ignored_fields(given, rules)
-    try:
-        wire = model.model_validate(given)
-    except ValidationError as error:
-        raise invalid_field(error, given) from None
+    wire, ignored = checked(body, model, rules)
     if wire.stream_options is not None and not wire.stream:
         raise InvalidField("'stream_options' needs 'stream' to be true.", param="stream_options")
-    return wire, ignored + unknown_inside(wire)
+    return wire, ignored
 
 
 def _include_usage(wire: schema.Sampling) -> bool:

@@ -146,7 +146,7 @@ class ChatRequest(Sampling):
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-def _kind_of_prompt(value: object) -> str | None:
+def kind_of_prompt(value: object) -> str | None:
     """What the first item is says what all are meant to be, so that a mistake is told of that kind alone."""
     if not isinstance(value, list):
         return "text" if isinstance(value, str) else None
@@ -159,7 +159,7 @@ Prompt = Annotated[
     | Annotated[TokenIds, Tag("tokens")]
     | Annotated[list[str], Field(min_length=1, max_length=128), Tag("texts")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=128), Tag("token lists")],
-    Discriminator(_kind_of_prompt, custom_error_type="text_or_array_type", custom_error_message="neither text nor an array"),
+    Discriminator(kind_of_prompt, custom_error_type="text_or_array_type", custom_error_message="neither text nor an array"),
 ]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from mlx_manager.protocols.fields import Rule
 from mlx_manager.protocols.openai.schema import CHAT_FIELDS, COMPLETION_FIELDS
+from mlx_manager.protocols.responses.schema import RESPONSES_FIELDS
 
 _INTRODUCTION = """\
 # Request fields
@@ -18,12 +19,13 @@ Nothing is ignored in silence. Every field has one of three classes:
 A field that is not listed here is accepted, has no effect, and is named in `x-ignored-fields`. An explicit `null` is the same as
 an absent field; `0`, `""`, `false` and `[]` are values.
 
-This page is made from the tables in `src/mlx_manager/protocols/openai/schema.py`.
+This page is made from the tables in the `schema.py` of each protocol in `src/mlx_manager/protocols`.
 """
 
 _ENDPOINTS: Mapping[str, Mapping[str, Rule]] = {
     "POST /v1/chat/completions": CHAT_FIELDS,
     "POST /v1/completions": COMPLETION_FIELDS,
+    "POST /v1/responses": RESPONSES_FIELDS,
 }
 
 

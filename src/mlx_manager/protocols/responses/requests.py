@@ -1,6 +1,7 @@
 """What a client of the Responses API sends → what it wants."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -142,7 +143,7 @@ def read_responses(body: bytes, past: Past, seal: Seal) -> ResponsesWanted:
             "truncation": "disabled",
             "user": wire.user,
         },
-        tools=MappingProxyType(tools.called),
+        tools=MappingProxyType(_by_name(tools.called)),
         summarises=summary is not None,
         keeps=wire.store is not False,
         items=tuple(entry.item for entry in entries),
@@ -402,6 +403,12 @@ def _texts(parts: Sequence[object] | None) -> list[str]:
 
 
 # ---- tools
+
+
+def _by_name(called: Mapping[str, CalledTool]) -> dict[str, CalledTool]:
+    """Models leave the namespace away at times: a name that only one tool has is that tool's."""
+    names = Counter(tool.name for tool in called.values())
+    return {tool.name: tool for tool in called.values() if names[tool.name] == 1} | dict(called)
 
 
 class _Tools:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -10,9 +12,15 @@ import pytest
 from openai import OpenAI
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
 
+from mlx_manager import app
+from mlx_manager.config import Config
+from mlx_manager.core.errors import EngineFault
+from mlx_manager.core.events import ChoiceFinished, Finished, TextDelta, ToolCallDelta, ToolCallStart, Usage
+from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.protocols.responses.schema import RESPONSES_FIELDS
-from tests.e2e.serving import MODEL, SMALL_WINDOW, SMALL_WINDOW_MODEL, Running
+from tests.e2e.serving import MODEL, SMALL_WINDOW, SMALL_WINDOW_MODEL, Running, serve_thread
 from tests.fixtures.prompts import PROMPTS, WEATHER
+from tests.gateway.scripted import STARTED, WAIT, Scripted, Step
 
 Json = dict[str, Any]
 PATH = "/v1/responses"
@@ -513,3 +521,74 @@ def test_a_switch_that_the_model_does_not_have_is_named(http: httpx2.Client) -> 
     for path in (PATH, f"{PATH}/input_tokens"):
         response = http.post(path, json=body(model="llama", enable_thinking=True, reasoning={"effort": "low"}))
         assert response.headers["x-ignored-fields"] == "enable_thinking,reasoning.effort"
+
+
+# ---- a server whose models do what a test says
+
+CALLS: list[Step] = [
+    STARTED,
+    ToolCallStart(0, "call_1", "apply_patch"),
+    *(ToolCallDelta(0, piece) for piece in ('{"inp', 'ut": "a\\', "n\\ud83d", '\\ude00"}')),
+    ToolCallStart(1, "call_2", "docs.search"),
+    ToolCallDelta(1, '{"q": 1}'),
+    TextDelta("Done."),
+    ChoiceFinished("tool_calls"),
+    Finished(Usage(prompt=3, completion=9)),
+]
+TOOLS: list[Json] = [
+    {"type": "custom", "name": "apply_patch"},
+    {"type": "namespace", "name": "docs", "description": "", "tools": [{"type": "function", "name": "search"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Scripted]]:
+    config = Config(port=0, data_dir=tmp_path_factory.mktemp("data"), models_dir=(Path("/nonexistent"),))
+    backend = Scripted()
+    services = replace(app.build_services(config), gateway=Gateway(backend, max_requests=4))
+    with serve_thread(app.application(services), config) as running:
+        yield running, backend
+
+
+def test_calls_in_pieces_reach_the_client_as_they_are_written(scripted: tuple[Running, Scripted]) -> None:
+    running, backend = scripted
+    backend.script = tuple(CALLS)
+    with running.openai() as client:
+        events = list(client.responses.create(model="tiny", input="x", tools=TOOLS, stream=True))  # type: ignore[call-overload]
+        whole = client.responses.create(model="tiny", input="x", tools=TOOLS)  # type: ignore[arg-type]
+        kept = client.responses.retrieve(whole.id)
+    assert [e.delta for e in events if e.type == "response.custom_tool_call_input.delta"] == ["a", "\n", "😀"]
+    custom, function, message = events[-1].response.output
+    assert (custom.type, custom.name, custom.call_id, custom.input) == ("custom_tool_call", "apply_patch", "call_1", "a\n😀")
+    assert (function.namespace, function.name, function.call_id, function.arguments) == ("docs", "search", "call_2", '{"q": 1}')
+    assert message.content[0].text == "Done."
+    assert said(whole) == said(kept) == said(events[-1].response)
+
+
+@pytest.mark.parametrize("before", [(STARTED,), (STARTED, TextDelta("Hel"))])
+def test_a_failure_after_the_first_event_is_the_last_event(scripted: tuple[Running, Scripted], before: tuple[Step, ...]) -> None:
+    running, backend = scripted
+    backend.script = (*before, EngineFault("The engine failed."))
+    with running.openai() as client:
+        events = list(client.responses.create(model="tiny", input="x", stream=True))
+        with pytest.raises(openai.InternalServerError):
+            client.responses.create(model="tiny", input="x")
+    *_, last = events
+    assert last.type == "response.failed"
+    assert last.response.status == "failed"
+    assert last.response.error is not None
+    assert (last.response.error.code, last.response.error.message) == ("server_error", "The engine failed.")
+    assert [e.type for e in events].count("response.failed") == 1
+    assert "response.completed" not in [e.type for e in events]
+
+
+def test_a_silence_is_filled_with_events_not_with_comments(scripted: tuple[Running, Scripted]) -> None:
+    running, backend = scripted
+    backend.script = (STARTED, WAIT)
+    with running.openai() as client, client.responses.create(model="tiny", input="x", stream=True) as events:
+        told = [next(iter(events)) for _ in range(3)]
+    assert [(e.type, e.sequence_number) for e in told] == [
+        ("response.created", 0),
+        ("response.in_progress", 1),
+        ("response.in_progress", 2),
+    ]

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import sys
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -13,7 +14,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from mlx_manager import telemetry
-from mlx_manager.api import anthropic, embeddings, failures, openai, prefix, system, tokens, web
+from mlx_manager.api import anthropic, embeddings, failures, openai, prefix, responses, system, tokens, web
 from mlx_manager.api.dependencies import Services
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
@@ -26,6 +27,7 @@ from mlx_manager.inference.blas import keep_freed_memory
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.loader import EngineLimits, import_libraries
 from mlx_manager.inference.pool import Pool
+from mlx_manager.protocols.responses.history import History
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.storage.database import Database
 from mlx_manager.storage.key_file import read_or_make_key
@@ -54,7 +56,7 @@ def build_services(config: Config) -> Services:
         listeners=(metrics.record, telemetry.trace_exchange),
     )
     seal = Seal(read_or_make_key(config.reasoning_key_path))
-    return Services(config, device, pool, gateway, Database(config.database_path), metrics, seal)
+    return Services(config, device, pool, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
 
 
 @asynccontextmanager
@@ -110,6 +112,7 @@ def application(services: Services) -> FastAPI:
     app.include_router(anthropic.router)
     app.include_router(embeddings.router)
     app.include_router(tokens.router)
+    app.include_router(responses.router)
     app.include_router(prefix.router)
     app.include_router(system.router)
     app.include_router(web.router)

@@ -1,7 +1,7 @@
 """One way from a request that was read to a reply on the wire, whole or streamed, whatever the protocol."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -39,9 +39,14 @@ def as_served(request: Request, config: Config, generation: GenerationRequest) -
     return replace(
         generation,
         priority=config.priority_of(request.url.path),
-        client=request.client.host if request.client else "",
+        client=client_of(request),
         timeout_s=config.request_timeout_s,
     )
+
+
+def client_of(request: Request) -> str:
+    """Who asks, as far as the server can tell them apart."""
+    return request.client.host if request.client else ""
 
 
 def headers_of(wanted: Wanted, unused: tuple[ReasoningOption, ...] = ()) -> dict[str, str]:
@@ -77,6 +82,16 @@ async def _frames(events: AsyncGenerator[Event], writer: Writer, opening: list[S
         except Exception as error:  # noqa: BLE001 - the status is out: whatever it is, the client is told in-band
             for frame in writer.failed(failure(error, path)):
                 yield frame_bytes(frame)
+
+
+def event_stream(frames: Sequence[Frame], headers: dict[str, str]) -> Response:
+    """A stream of what is known already."""
+
+    async def content() -> AsyncGenerator[bytes]:
+        for frame in frames:
+            yield frame_bytes(frame)
+
+    return sse.EventStream(content(), headers=headers)
 
 
 def frame_bytes(frame: Frame) -> bytes:

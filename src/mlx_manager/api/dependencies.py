@@ -9,6 +9,7 @@ from mlx_manager.config import Config
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.pool import Pool
+from mlx_manager.protocols.responses.history import History
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.storage.database import Database
 from mlx_manager.telemetry import Metrics
@@ -23,6 +24,7 @@ class Services:
     database: Database
     metrics: Metrics
     seal: Seal
+    responses: History
 
 
 def _services(request: Request) -> Services:

@@ -5,7 +5,8 @@ MLXManagerError
 │   ├── InvalidField          a value is wrong, or a field cannot be honoured
 │   ├── ContextTooLong        the prompt leaves no room for one token
 │   │   └── PromptTooLarge    the prompt's keys and values do not fit this machine's share for the model
-│   └── ModelNotFound         nothing here answers to that name
+│   ├── ModelNotFound         nothing here answers to that name
+│   └── NotFound              what the request names is not, or no longer, kept here
 ├── BackendError              another backend can, or the same one later
 │   ├── Overloaded            too many wait already, or the server is draining
 │   ├── ModelLoadFailed       the model is there and would not load
@@ -69,6 +70,14 @@ class ModelNotFound(RequestError):
             f"The model '{model}' does not exist here. " + (f"Available models: {names}." if names else "There are no models yet.")
         )
         self.model = model
+
+
+class NotFound(RequestError):
+    """`param` is the field that names it, if it is one of the body."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class BackendError(MLXManagerError):

@@ -108,14 +108,35 @@ class CollectedCall:
 
 
 @dataclass(slots=True)
+class Run:
+    """Neighbouring deltas of one kind as one."""
+
+    kind: Literal["text", "reasoning"]
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+
+
+@dataclass(slots=True)
 class Choice:
-    """One whole reply, as `collect` puts it together. `None` text means that nothing was said, not that "" was."""
+    """One whole reply, as `collect` puts it together. `None` text means that nothing was said, not that "" was.
+    `parts` is the same in the order in which it was told."""
 
     text: str | None = None
     reasoning: str | None = None
     tool_calls: list[CollectedCall] = field(default_factory=list[CollectedCall])
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     finish: ChoiceFinished | None = None
+    parts: list[Run | CollectedCall] = field(default_factory=list[Run | CollectedCall])
+
+    def run(self, kind: Literal["text", "reasoning"]) -> Run:
+        """The part that goes on, or a new one after another kind."""
+        match self.parts[-1] if self.parts else None:
+            case Run(last) as run if last == kind:
+                return run
+            case _:
+                run = Run(kind)
+                self.parts.append(run)
+                return run
 
 
 @dataclass(slots=True)
@@ -136,11 +157,19 @@ async def collect(events: AsyncIterator[Event], num_choices: int = 1) -> Reply:
                 target = reply.choices[choice]
                 target.text = (target.text or "") + text
                 target.logprobs.extend(logprobs)
+                if text or logprobs:
+                    run = target.run("text")
+                    run.text += text
+                    run.logprobs.extend(logprobs)
             case ReasoningDelta(text, choice):
                 target = reply.choices[choice]
                 target.reasoning = (target.reasoning or "") + text
+                if text:
+                    target.run("reasoning").text += text
             case ToolCallStart(_, call_id, name, choice):
-                reply.choices[choice].tool_calls.append(CollectedCall(call_id, name))
+                target, call = reply.choices[choice], CollectedCall(call_id, name)
+                target.tool_calls.append(call)
+                target.parts.append(call)
             case ToolCallDelta(index, arguments, choice):
                 reply.choices[choice].tool_calls[index].arguments += arguments
             case ChoiceFinished(_, choice):

@@ -9,6 +9,7 @@ from mlx_manager.protocols.openai.embeddings import EMBEDDING_FIELDS
 from mlx_manager.protocols.openai.rerank import RERANK_FIELDS
 from mlx_manager.protocols.openai.schema import CHAT_FIELDS, COMPLETION_FIELDS
 from mlx_manager.protocols.openai.tokens import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
+from mlx_manager.protocols.responses.schema import RESPONSES_FIELDS
 
 _INTRODUCTION = """\
 # Request fields
@@ -34,6 +35,7 @@ _ENDPOINTS: Mapping[str, Mapping[str, Rule]] = {
     "POST /v1/rerank": RERANK_FIELDS,
     "POST /v1/tokenize": TOKENIZE_FIELDS,
     "POST /v1/detokenize": DETOKENIZE_FIELDS,
+    "POST /v1/responses": RESPONSES_FIELDS,
 }
 
 

@@ -217,7 +217,7 @@ def test_the_list_says_what_a_model_is_for(client: OpenAI) -> None:
     said = {id: (m["kind"], m["capabilities"]) for id, m in models.items()}
     assert said[MODEL] == ("text", ["chat", "completions"])
     assert said[EMBEDDER] == ("embedding", ["embeddings", "rerank"])
-    assert said["qwen2_vl"] == ("vision", [])
+    assert said["qwen2_vl"] == ("vision", ["chat", "completions", "images"])
     assert models[EMBEDDER]["max_input_tokens"] == 512
 
 
@@ -241,11 +241,6 @@ def test_a_text_model_that_is_asked_for_vectors_says_what_it_does(http: httpx2.C
     assert error["message"] == f"The model '{MODEL}' writes text and makes no embeddings: use /v1/chat/completions."
     assert (error["param"], error["code"]) == ("model", "invalid_value")
     assert http.post(path, json=BASE[path] | {"model": "nobody"}).status_code == 404
-
-
-def test_a_vision_model_says_that_it_cannot_be_used_yet(http: httpx2.Client) -> None:
-    error = refusal(http, "/v1/chat/completions", model="qwen2_vl", messages=USER)
-    assert (error["message"], error["param"]) == ("The model 'qwen2_vl' reads pictures, which is not built yet.", "model")
 
 
 # ---- ranking

@@ -24,7 +24,7 @@ _CAPABILITIES: dict[Kind, list[str]] = {
     "text": ["chat", "completions"],
     "embedding": ["embeddings", "rerank"],
     "reranker": ["rerank"],
-    "vision": [],
+    "vision": ["chat", "completions", "images"],
 }
 _FINGERPRINT = f"mlx-manager-{version('mlx-manager')}"
 

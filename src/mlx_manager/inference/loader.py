@@ -6,6 +6,7 @@ command line answers before; `import_libraries` does it ahead of the first reque
 # ruff: noqa: PLC0415, F401 - see above
 # pyright: basic
 
+import base64
 import importlib
 import json
 import logging
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from mlx_manager.core.messages import Image, Message
+from mlx_manager.core.requests import Conversation, GenerationRequest
 from mlx_manager.hub.checkpoint import EMBEDDING_MODULES, Checkpoint
 from mlx_manager.hub.fingerprint import fingerprint
 from mlx_manager.inference.dialect import Dialect
@@ -79,8 +82,8 @@ def load_dialect(path: Path, context_length: int | None, *, sees: bool = False) 
     defaults = _read_json(path / "generation_config.json")
     tokenizer: Any
     pictures = None
-    if sees:
-        processor = _load_processor(path, config["model_type"])
+    processor = _load_processor(path, config["model_type"]) if sees else None
+    if processor is not None:
         tokenizer = processor.tokenizer
         tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
         pictures = PictureReader(processor, vocab_size=text_config.get("vocab_size") or config["vocab_size"])
@@ -104,13 +107,17 @@ def load_dialect(path: Path, context_length: int | None, *, sees: bool = False) 
 
 
 def _load_processor(path: Path, architecture: str) -> Any:
-    """What turns pictures into arrays, as mlx-vlm has it for this architecture. Raises `ImportError` if it has none."""
+    """What turns pictures into arrays, as mlx-vlm has it for this architecture; None if it has none: the model reads text then."""
     from mlx_vlm.utils import MODEL_REMAPPING, load_processor
 
     name = MODEL_REMAPPING.get(architecture, architecture)
-    with _importing:
-        importlib.import_module(f"mlx_vlm.models.{name}")  # it registers a processor of its own
-    return load_processor(path, add_detokenizer=False, trust_remote_code=False, local_files_only=True)
+    try:
+        with _importing:
+            importlib.import_module(f"mlx_vlm.models.{name}")  # it registers a processor of its own
+        return load_processor(path, add_detokenizer=False, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - of other people's processors, in ways of their own
+        log.warning("%s cannot be shown pictures: %s", path.name, error)
+        return None
 
 
 def load_text_reader(checkpoint: Checkpoint) -> TextReader:
@@ -163,17 +170,25 @@ def load_engine(path: Path, dialect: Dialect, device: Device, limits: EngineLimi
 
 
 def load_weights(path: Path, dialect: Dialect) -> Any:
-    """The model; one that sees as a `PictureModel`. On the device thread."""
-    if dialect.pictures is None:
-        from mlx_lm.utils import load_model
+    """The model; one that can be shown pictures as a `PictureModel`. On the device thread."""
+    if dialect.pictures is not None:
+        from mlx_vlm.utils import load_model as load_sighted
 
-        model, _ = load_model(path, trust_remote_code=False)
-        return model
-    from mlx_vlm.utils import load_model
+        from mlx_manager.inference.engine.picture_model import PictureModel
 
-    from mlx_manager.inference.engine.picture_model import PictureModel
+        model = PictureModel(load_sighted(path, trust_remote_code=False))
+        problem = model.self_test(dialect.prepare(_SHOWN).specs[0])
+        if problem is None:
+            return model
+        log.warning("%s cannot be shown pictures: %s", path.name, problem)
+    from mlx_lm.utils import load_model
 
-    return PictureModel(load_model(path, trust_remote_code=False))
+    return load_model(path, trust_remote_code=False)[0]
+
+
+# A gray square: 8 x 8 pixels, PNG.
+_GRAY = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGNsaGhgwAaYsIoOWgkAMBcBkGHHl6YAAAAASUVORK5CYII=")
+_SHOWN = GenerationRequest("", (Conversation((Message("user", (Image(_GRAY), "What is this?")),)),), max_tokens=1)
 
 
 def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size: int, model_key: str) -> Engine:

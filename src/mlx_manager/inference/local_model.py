@@ -3,7 +3,9 @@
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
+from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.events import Event, Finished, Usage
+from mlx_manager.core.requests import Conversation, GenerationRequest
 from mlx_manager.inference.dialect import Dialect, Prepared
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.sequence import Ended, Token
@@ -15,7 +17,10 @@ class LocalModel:
     engine: Engine
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Event]:
-        """Everything after `Started`. Closing the iterator frees what the request holds. Raises `EngineFault`."""
+        """Everything after `Started`. Closing the iterator frees what the request holds. Raises `EngineFault`, and `InvalidField` for
+        pictures that the model turned out not to take."""
+        if not self.engine.takes_pictures:
+            _check_no_pictures(prepared.request)
         readers = [self.dialect.reader(prepared, choice) for choice in range(len(prepared.specs))]
         # Nothing is said where only the prompt is to be computed; the engine knows no reply of less than one token.
         is_silent = prepared.request.max_tokens == 0
@@ -54,3 +59,11 @@ class LocalModel:
             ),
             stream.timing(0),
         )
+
+
+def _check_no_pictures(request: GenerationRequest) -> None:
+    for prompt in request.prompts:
+        for message in prompt.messages if isinstance(prompt, Conversation) else ():
+            for image in message.images:
+                text = f"This model's way of looking at pictures is not supported: it cannot take the image in '{image.where}'."
+                raise InvalidField(text, param=image.where, code="unsupported_value")

@@ -70,8 +70,10 @@ class _Entry(Generic[R, M]):
 
 
 class _TextEntry(_Entry[Dialect, LocalModel]):
+    """A model that writes; a vision model is shown pictures as well."""
+
     def read(self) -> Dialect:
-        return load_dialect(self.checkpoint.path, self.checkpoint.context_length)
+        return load_dialect(self.checkpoint.path, self.checkpoint.context_length, sees=self.checkpoint.kind == "vision")
 
     def load(self, reader: Dialect, device: Device, limits: EngineLimits) -> LocalModel:
         return LocalModel(reader, load_engine(self.checkpoint.path, reader, device, limits))
@@ -85,16 +87,12 @@ class _EmbeddingEntry(_Entry[TextReader, LocalEmbedder]):
         return LocalEmbedder(reader, load_embedder(self.checkpoint, device, limits))
 
 
-class _VisionEntry(_Entry[Any, Any]):
-    """Is listed; nobody gets it."""
-
-
-_AnyEntry = _TextEntry | _EmbeddingEntry | _VisionEntry
+_AnyEntry = _TextEntry | _EmbeddingEntry
 _ENTRIES: dict[str, type[_AnyEntry]] = {
     "text": _TextEntry,
     "embedding": _EmbeddingEntry,
     "reranker": _EmbeddingEntry,
-    "vision": _VisionEntry,
+    "vision": _TextEntry,
 }
 
 
@@ -240,7 +238,6 @@ class Pool:
         does = {
             "embedding": "makes embeddings: use /v1/embeddings.",
             "reranker": "ranks documents: use /v1/rerank.",
-            "vision": "reads pictures, which is not built yet.",
         }
         raise InvalidField(f"The model '{model_id}' {does[entry.checkpoint.kind]}", param="model")
 
@@ -248,8 +245,6 @@ class Pool:
         entry = await self._entry(model_id)
         if isinstance(entry, _EmbeddingEntry):
             return entry
-        if entry.checkpoint.kind == "vision":
-            raise InvalidField(f"The model '{model_id}' reads pictures and makes no embeddings.", param="model")
         raise InvalidField(f"The model '{model_id}' writes text and makes no embeddings: use /v1/chat/completions.", param="model")
 
     async def _entry(self, model_id: str) -> _AnyEntry:

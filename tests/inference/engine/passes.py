@@ -10,6 +10,7 @@ from mlx_manager.inference.engine.sequence import Sequence
 
 class KeepsNothing:
     cache_name = "none"
+    takes_pictures = False
     block_bytes = 1
     allocated_bytes = 0
     state_bytes = 0

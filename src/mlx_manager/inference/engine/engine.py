@@ -42,6 +42,8 @@ class ForwardPasses(Protocol):
     @property
     def cache_name(self) -> str: ...
     @property
+    def takes_pictures(self) -> bool: ...
+    @property
     def block_bytes(self) -> int: ...
     @property
     def allocated_bytes(self) -> int: ...
@@ -250,6 +252,10 @@ class Engine:
     def abort(self, fault: EngineFault) -> None:
         """Ends every sequence, its stream with `fault`."""
         self._device.post(lambda: self._hand_over(self._fail_all(fault)))
+
+    @property
+    def takes_pictures(self) -> bool:
+        return self._runner.takes_pictures
 
     @property
     def num_running(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_manager.inference.engine.sequence import Sequence
+from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec
 from mlx_manager.inference.picture import Picture
 
 _MAX_FEATURE_BYTES = 256 << 20
@@ -74,6 +74,27 @@ class PictureModel:
         positions, shift = self._language.get_rope_index(tokens, image_grid_thw=mx.array(np.concatenate(grids)))
         self._positions[sequence] = np.array(positions)[:, 0]
         sequence.position_shift = int(np.array(shift).reshape(-1)[0])
+
+    def self_test(self, spec: SequenceSpec) -> str | None:
+        """What is wrong if a prompt with a picture, in two chunks, does not get the logits that mlx-vlm's own pass gives it."""
+        sequence = Sequence(spec, 0)
+        stop = len(spec.prompt)
+        try:
+            self.place(sequence)
+            cut = spec.pictures[0].start + 1
+            kept = self.make_cache()
+            self(self.shown(sequence, 0, cut), cache=kept)
+            ours = self(self.shown(sequence, cut, stop), cache=kept)[0, -1]
+            arrays = {name: mx.array(array) for name, array in spec.pictures[0].picture.arrays.items()}
+            theirs = self._model(mx.array([_spelt(sequence, 0, stop)]), cache=self.make_cache(), **arrays).logits[0, -1]
+            difference = float(np.array(mx.max(mx.abs(ours - theirs)).astype(mx.float32)))
+            scale = float(np.array(mx.max(mx.abs(theirs)).astype(mx.float32)))
+        except Exception as error:  # noqa: BLE001 - whatever an architecture needs that we do not give it
+            return f"{type(error).__name__}: {error}"
+        finally:
+            self.forget(sequence)
+        tolerance = 2e-3 if theirs.dtype == mx.float32 else 8e-2
+        return None if difference <= tolerance * scale else f"logits differ by {difference:.3g} of {scale:.3g}"
 
     def forget(self, sequence: Sequence) -> None:
         self._positions.pop(sequence, None)

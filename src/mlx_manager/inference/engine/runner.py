@@ -94,6 +94,7 @@ class Runner:
         """`pictures` is there for a model that can be shown some."""
         self.cache = cache
         self._pictures = pictures
+        self.takes_pictures = pictures is not None
         self.cache_name = cache.name
         self.block_bytes = cache.token_bytes * BLOCK_TOKENS
         self._sampler = Sampler(vocab_size)

@@ -55,7 +55,7 @@ def build_services(config: Config) -> Services:
         max_requests=config.max_concurrent_requests,
         listeners=(metrics.record, telemetry.trace_exchange),
     )
-    seal = Seal(read_or_make_key(config.reasoning_key_path))
+    seal = Seal(lambda: read_or_make_key(config.reasoning_key_path))
     return Services(config, device, pool, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
 
 
@@ -63,6 +63,7 @@ def build_services(config: Config) -> Services:
 async def running(services: Services) -> AsyncGenerator[Services]:
     """Starts what has to be started, and ends it in the opposite order."""
     await services.database.open()
+    await asyncio.to_thread(services.seal.prepare)
     services.device.start()
     importing = asyncio.create_task(asyncio.to_thread(import_libraries))  # ahead of the first request, which would wait for it
     try:

@@ -65,7 +65,8 @@ def test_many_are_looked_at_side_by_side_with_text(client: OpenAI) -> None:
 def test_messages_and_responses_see_what_chat_sees(client: OpenAI, anthropic: Anthropic) -> None:
     source: Any = {"type": "base64", "media_type": "image/png", "data": encoded("green")}
     content: Any = [{"type": "image", "source": source}, {"type": "text", "text": QUESTION}]
-    message = anthropic.messages.create(model=MODEL, max_tokens=40, extra_body={"temperature": 0}, messages=[{"role": "user", "content": content}])
+    messages: Any = [{"role": "user", "content": content}]
+    message = anthropic.messages.create(model=MODEL, max_tokens=40, extra_body={"temperature": 0}, messages=messages)
     (block,) = message.content
     assert block.type == "text"
     assert block.text == "The image is green."

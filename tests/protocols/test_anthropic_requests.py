@@ -28,7 +28,7 @@ from mlx_manager.protocols.anthropic.schema import COUNT_FIELDS, MESSAGE_FIELDS
 from mlx_manager.protocols.fields import Rule
 from mlx_manager.protocols.seal import Seal
 
-SEAL, OTHER = Seal(bytes(32)), Seal(bytes([1]) * 32)
+SEAL, OTHER = Seal(lambda: bytes(32)), Seal(lambda: bytes([1]) * 32)
 USER = {"role": "user", "content": "Hello"}
 BASE: dict[str, Any] = {"model": "m", "max_tokens": 5000, "messages": [USER]}
 PNG = base64.b64encode(b"\x89PNG").decode()

@@ -32,7 +32,7 @@ from mlx_manager.protocols.anthropic.responses import MessagesWriter
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Failure, Frame, Json
 
-SEAL = Seal(bytes(32))
+SEAL = Seal(lambda: bytes(32))
 USED = Usage(prompt=50, completion=9, cached=32, reasoning=4)
 END = [ChoiceFinished("stop"), Finished(USED)]
 

@@ -51,7 +51,7 @@ class Nothing:
     def item(self, item_id: str) -> None: ...
 
 
-GIVEN = read_responses(b'{"model": "m", "input": "Hi", "temperature": 0, "metadata": {"a": "b"}}', Nothing(), Seal(bytes(32))).given
+GIVEN = read_responses(b'{"model": "m", "input": "Hi", "temperature": 0, "metadata": {"a": "b"}}', Nothing(), Seal(lambda: bytes(32))).given
 
 
 def writer(*, summarises: bool = False) -> ResponsesWriter:

@@ -20,8 +20,8 @@ from mlx_manager.protocols.responses.history import Item, Kept, item_of
 from mlx_manager.protocols.responses.requests import ResponsesWanted, read_responses
 from mlx_manager.protocols.seal import Seal
 
-SEAL = Seal(bytes(32))
-OTHER_SEAL = Seal(bytes([1]) * 32)
+SEAL = Seal(lambda: bytes(32))
+OTHER_SEAL = Seal(lambda: bytes([1]) * 32)
 BASE: dict[str, Any] = {"model": "m", "input": "Hello"}
 PICTURE = "data:image/png;base64," + base64.b64encode(b"picture").decode()
 

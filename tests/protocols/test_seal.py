@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from mlx_manager.protocols.seal import Seal
 
-SEAL = Seal(bytes(32))
-OTHER = Seal(bytes([1]) * 32)
+SEAL = Seal(lambda: bytes(32))
+OTHER = Seal(lambda: bytes([1]) * 32)
 text = st.text(st.characters(exclude_categories=["Cs"]))
 
 

@@ -15,7 +15,7 @@ MAX_ENUM_VALUES = 1_000
 def check_schema(schema: Mapping[str, Any], where: str, *, strict: bool = False) -> None:
     """Raises `InvalidField`, naming `where`, for a schema beyond the limits or with a reference to elsewhere; and, with `strict`, where
     upstream's rules for it are broken: every object closed, and all of its properties required."""
-    if len(json.dumps(schema)) > MAX_BYTES:
+    if len(json.dumps(schema, default=dict)) > MAX_BYTES:
         raise _invalid(where, f"a schema has {MAX_BYTES >> 10} kB at most")
     num_properties = 0
     for node, path, depth in _nodes(schema):

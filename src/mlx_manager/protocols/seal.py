@@ -4,6 +4,8 @@ read it. A signature proves nothing to anybody else."""
 import base64
 import hashlib
 import hmac
+from collections.abc import Callable
+from functools import cached_property
 
 from joserfc import jwe
 from joserfc.errors import JoseError
@@ -14,11 +16,22 @@ _HEADER = {"alg": "dir", "enc": "A256GCM"}
 
 
 class Seal:
-    """`key` is used for nothing else; 32 bytes."""
+    """`key` gives 32 bytes that are used for nothing else; it is asked once, at the first use or by `prepare`."""
 
-    def __init__(self, key: bytes) -> None:
-        self._signing = hmac.digest(key, b"reasoning signature", hashlib.sha256)
-        self._sealing = OctKey.import_key(hmac.digest(key, b"reasoning sealed", hashlib.sha256))
+    def __init__(self, key: Callable[[], bytes]) -> None:
+        self._key = key
+
+    def prepare(self) -> None:
+        """Asks for the key. Raises what that raises."""
+        _ = self._signing, self._sealing
+
+    @cached_property
+    def _signing(self) -> bytes:
+        return hmac.digest(self._key(), b"reasoning signature", hashlib.sha256)
+
+    @cached_property
+    def _sealing(self) -> OctKey:
+        return OctKey.import_key(hmac.digest(self._key(), b"reasoning sealed", hashlib.sha256))
 
     def sign(self, text: str) -> str:
         digest = hmac.digest(self._signing, text.encode(), hashlib.sha256)

@@ -26,6 +26,7 @@ from mlx_manager.core.requests import (
 from mlx_manager.protocols.anthropic import schema
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
+from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import image_from_base64
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Wanted
@@ -102,6 +103,8 @@ def _wanted(wire: schema.CountRequest, ignored: tuple[str, ...], seal: Seal) -> 
         continues=continues,
     )
     form = wire.output_config.format if wire.output_config is not None else None
+    if form is not None:
+        check_schema(form.json_schema, "output_config.format.schema")
     request = GenerationRequest(
         model=wire.model,
         prompts=(conversation,),
@@ -420,6 +423,7 @@ def _tools(tools: Sequence[schema.CustomTool | schema.AnthropicTool]) -> tuple[t
                 if any(tool.name == other.name for other in offered):
                     raise InvalidField(f"Two tools are named '{tool.name}': every tool needs a name of its own.", param=f"tools[{i}].name")
                 parameters = MappingProxyType(tool.input_schema or {})
+                check_schema(parameters, f"tools[{i}].input_schema", strict=tool.strict is True)
                 offered.append(ToolSpec(tool.name, _description(tool), parameters, strict=tool.strict is True))
     return tuple(offered), dropped
 

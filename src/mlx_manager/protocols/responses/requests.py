@@ -25,6 +25,7 @@ from mlx_manager.core.requests import (
 )
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.fields import ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
+from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import file_text, image_from_url
 from mlx_manager.protocols.responses import schema
 from mlx_manager.protocols.responses.custom_input import PARAMETER, write_input
@@ -196,6 +197,7 @@ def _output(text: schema.TextOptions | None) -> tuple[OutputFormat | None, str]:
             for name, value in (("name", asked.name), ("schema", asked.json_schema)):
                 if value is None:
                     raise _missing(f"text.format.{name}")
+            check_schema(asked.json_schema or {}, "text.format.schema", strict=asked.strict is True)
             return JsonSchema(MappingProxyType(asked.json_schema or {}), strict=asked.strict is True), "text.format.schema"
         case _:
             return None, "text.format"
@@ -457,6 +459,7 @@ class _Tools:
         match tool:
             case schema.FunctionTool():
                 parameters, strict = tool.parameters or {}, tool.strict is True
+                check_schema(parameters, f"{where or 'input.tools'}.parameters", strict=strict)
             case schema.CustomTool():
                 parameters, strict = _CUSTOM_PARAMETERS, False
                 if tool.format is not None and tool.format.type == "grammar":

@@ -1,15 +1,18 @@
 """Forms and calls that are enforced, through the official SDK in its strict mode, over a real socket."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
+from anthropic import Anthropic
 from openai import BadRequestError, OpenAI
 from pydantic import BaseModel, Field
 
 from tests.e2e.replies import collected, said
+from tests.e2e.serving import Running
 from tests.fixtures.prompts import PROMPTS
 from tests.inference.fixture_models import FAMILIES
 
@@ -156,3 +159,69 @@ def test_a_form_that_cannot_be_enforced_names_the_keyword(client: OpenAI) -> Non
     with pytest.raises(BadRequestError, match="uniqueItems") as refused:
         ask(client, "Hi", response_format=form)
     assert refused.value.param == "response_format.json_schema.schema"
+
+
+# ---- the same over the other protocols
+
+
+@pytest.fixture(scope="module")
+def anthropic(server: Running) -> Iterator[Anthropic]:
+    with server.anthropic() as client:
+        yield client
+
+
+INPUT_SCHEMAS = {t["function"]["name"]: t["function"]["parameters"] for t in (WEATHER, BOOK)}
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "book_table"}])
+def test_messages_enforce_a_call_streamed_and_whole(anthropic: Anthropic, model: str, choice: Any) -> None:
+    tools: Any = [{"name": name, "input_schema": schema, "strict": True} for name, schema in INPUT_SCHEMAS.items()]
+    asked: Any = {"model": model, "max_tokens": 300, "messages": [{"role": "user", "content": "Hello!"}], "tools": tools}
+    asked |= {"tool_choice": choice, "thinking": {"type": "disabled"}, "extra_body": {"temperature": 0}}
+    whole = anthropic.messages.create(**asked)
+    with anthropic.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    for message in (whole, streamed):
+        assert message.stop_reason == "tool_use"
+        calls = [block for block in message.content if block.type == "tool_use"]
+        assert calls
+        assert calls == message.content
+        for call in calls:
+            jsonschema.validate(call.input, INPUT_SCHEMAS[call.name])
+            assert choice["type"] == "any" or call.name == "book_table"
+    assert [c.input for c in whole.content if c.type == "tool_use"] == [c.input for c in streamed.content if c.type == "tool_use"]
+
+
+def test_messages_give_an_answer_its_form(anthropic: Anthropic) -> None:
+    form: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    message = anthropic.messages.create(
+        model="qwen3",
+        max_tokens=300,
+        messages=[{"role": "user", "content": "How is the weather?"}],
+        output_config=form,
+        thinking={"type": "disabled"},
+    )
+    (block,) = message.content
+    assert block.type == "text"
+    jsonschema.validate(json.loads(block.text), SCHEMA)
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_responses_enforce_a_call_and_a_form(client: OpenAI, model: str) -> None:
+    tools: Any = [{"type": "function", "name": name, "parameters": schema, "strict": True} for name, schema in INPUT_SCHEMAS.items()]
+    asked: Any = {"model": model, "input": "Hello!", "max_output_tokens": 300, "reasoning": {"effort": "none"}, "store": False}
+    called = client.responses.create(**asked, tools=tools, tool_choice="required", parallel_tool_calls=False)
+    (call,) = called.output
+    assert call.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), INPUT_SCHEMAS[call.name])
+    form: Any = {"format": {"type": "json_schema", "name": "weather", "schema": SCHEMA, "strict": True}}
+    answered = client.responses.create(**asked, text=form)
+    jsonschema.validate(json.loads(answered.output_text), SCHEMA)
+
+
+def test_responses_parse_into_a_type(client: OpenAI) -> None:
+    response = client.responses.parse(
+        model="qwen3", input="Weather?", text_format=Weather, max_output_tokens=300, reasoning={"effort": "none"}
+    )
+    assert isinstance(response.output_parsed, Weather)

@@ -16,9 +16,8 @@ from mlx_manager.inference.families.glm import GLM
 from mlx_manager.inference.families.llama import LLAMA
 from mlx_manager.inference.families.mistral import MISTRAL
 from mlx_manager.inference.families.qwen import QWEN
-from mlx_manager.inference.families.sections import Calls, Piece, Reasoning, Splitter, Text
+from mlx_manager.inference.families.sections import Arguments, CallOpened, Calls, Piece, Reasoning, Splitter, Text
 from mlx_manager.inference.families.tool_formats import json_tags
-from mlx_manager.inference.families.tool_formats.json_call import write_json
 from tests.inference.fixture_models import SHARED
 
 HERMES = Family(name="hermes", model_types=frozenset(), tool_format=json_tags, stop_tokens=("<|im_end|>",))
@@ -42,8 +41,30 @@ def told(pieces: Iterable[Piece]) -> Told:
     return (
         "".join(p.text for p in pieces if isinstance(p, Text)),
         "".join(p.text for p in pieces if isinstance(p, Reasoning)),
-        [(c.name, json.loads(write_json(c.arguments))) for p in pieces if isinstance(p, Calls) for c in p.calls],
+        [(name, json.loads(arguments)) for name, arguments in called(pieces)],
     )
+
+
+def called(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
+    """Names and arguments as text, joined from their pieces."""
+    calls: list[tuple[str, str]] = []
+    is_open = False
+    for piece in pieces:
+        match piece:
+            case Calls(whole):
+                assert not is_open
+                calls += [(call.name, call.arguments) for call in whole]
+            case CallOpened(name):
+                assert not is_open
+                calls.append((name, ""))
+                is_open = True
+            case Arguments(text, _, closes):
+                assert is_open
+                calls[-1] = (calls[-1][0], calls[-1][1] + text)
+                is_open = not closes
+            case _:
+                assert not is_open, "nothing comes between the pieces of a call"
+    return calls
 
 
 def tell(family: Family, text: str, *, tools: Sequence[ToolSpec] = WEATHER, opened: Tag | None = None) -> Told:
@@ -220,8 +241,7 @@ def test_a_prompt_that_opened_the_tag_begins_inside_and_the_tag_may_come_again(n
 
 def test_half_a_surrogate_pair_in_arguments_is_still_json_that_can_be_sent() -> None:
     pieces = split(QWEN, ['<tool_call>{"name": "f", "arguments": {"x": "\\ud83d"}}</tool_call>'])
-    (calls,) = [p for p in pieces if isinstance(p, Calls)]
-    assert write_json(calls.calls[0].arguments).encode() == b'{"x": "\\ud83d"}'
+    assert called(pieces) == [("f", '{"x": "\\ud83d"}')]
 
 
 def test_a_schema_of_the_oddest_kind_does_not_break_a_call() -> None:

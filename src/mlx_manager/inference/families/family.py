@@ -1,18 +1,19 @@
 """A family: how its models mark reasoning, spell tool calls and end a turn. A new family is one value."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 from mlx_manager.core.requests import ToolSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A tool call as the model wrote it; `arguments` can be written as JSON."""
+    """A tool call. `arguments` is the text of one JSON object: the model's own, wherever it wrote JSON."""
 
     name: str
-    arguments: Mapping[str, Any]
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,44 @@ class Section:
     num_chars: int
 
 
+class ArgumentReader(Protocol):
+    """Reads the arguments of one call while they are written. At every moment what it has given, with what `close` gives, is one JSON
+    object; and what it makes of a text does not depend on the pieces in which that comes.
+
+    `state` is "done" when the call is over, and "broken" when what follows cannot belong to it: then the arguments are closed as
+    they are, and what was not accounted for is none of theirs.
+    """
+
+    @property
+    def state(self) -> Literal["open", "done", "broken"]: ...
+    def read(self, text: str) -> tuple[str, int]:
+        """More text → what of the JSON is certain by now, and how many characters that were read but not accounted for it stands for."""
+        ...
+
+    def close(self) -> str:
+        """The shortest end that makes one JSON object of what was given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentStream:
+    """Calls whose name comes before their arguments, so that these can go out while they are written.
+
+    `head` matches from the mark that opens a section up to the arguments, when it is certain that it is a call; its one group that
+    took part is the name. After a call, `more` lead to another one of the same section (which is read as if `resume` stood before it),
+    `closers` belong to the call, and `end` ends the section; white space between them is nobody's.
+    """
+
+    head: re.Pattern[str]
+    reader: Callable[[str, Sequence[ToolSpec]], ArgumentReader]
+    more: tuple[str, ...] = ()
+    resume: str = ""
+    closers: tuple[str, ...] = ()
+    end: str = ""
+
+
 class ToolFormat(Protocol):
-    """How calls are spelt. A module of `families.tool_formats` is one.
+    """How calls are spelt. A module of `families.tool_formats`, or a value there, is one.
 
     `start` opens a call section and `end` closes it ("" when it runs to the end of the reply). A format without any mark has
     `start` "": then the reply begins with a call or has none.
@@ -47,6 +84,11 @@ class ToolFormat(Protocol):
     @property
     def is_open(self) -> Callable[[str], bool]:
         """Whether text that is cut here stops inside an argument, so that an `end` that follows is only a part of that."""
+        ...
+
+    @property
+    def streams(self) -> tuple[ArgumentStream, ...]:
+        """The spellings whose arguments can be passed on while they are written, if any."""
         ...
 
 

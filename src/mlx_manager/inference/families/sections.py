@@ -2,6 +2,10 @@
 
 Nothing is lost: a section that turns out not to be a call, or a marker that never closes, comes out as the text it is.
 The pieces of a text cover it in order and without gaps; each says how many of its characters it accounts for.
+
+The arguments of a call to an offered tool go out while they are written, where the format allows. From then on it is a call: if its
+arguments break off, they are closed as they are, so that they still join to one JSON object, and what follows the break is text.
+If the reply ends in them, they are closed too, and what was held back of them (half a key, half a number) is nothing's.
 """
 
 from collections.abc import Sequence
@@ -9,10 +13,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from mlx_manager.core.requests import ToolSpec
-from mlx_manager.inference.families.family import Call, Family, Section, Tag
+from mlx_manager.inference.families.family import ArgumentReader, ArgumentStream, Call, Family, Section, Tag
 
 # Characters by which a format tells that text is no call: more would make every token's look at a long call cost its length.
 _LOOK_AHEAD = 100
+# Characters within which a call must get from its mark to its arguments for these to be passed on while they are written.
+_HEAD = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,30 @@ class Calls:
 
 
 @dataclass(frozen=True, slots=True)
+class CallOpened:
+    """A call whose arguments follow piece by piece."""
+
+    name: str
+    num_chars: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The next of the JSON text of the call that was opened last; `closes` says that there is no more."""
+
+    text: str
+    num_chars: int
+    closes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Markup:
     """Tags, and white space that belongs to them: shown nowhere."""
 
     num_chars: int
 
 
-Piece = Text | Reasoning | Calls | Markup
+Piece = Text | Reasoning | Calls | CallOpened | Arguments | Markup
 
 
 class _In(Enum):
@@ -56,6 +79,8 @@ class _In(Enum):
     REASONING = auto()
     REASONED = auto()  # just closed: white space belongs to the tag, and the reply begins
     CALL = auto()
+    ARGUMENTS = auto()  # of a call that was opened
+    ARGUED = auto()  # after them: what closes the call, or leads to the next one of its section
     CALLED = auto()  # white space between calls is nobody's
 
 
@@ -69,7 +94,13 @@ class Splitter:
         self._state = _In.REASONING_START if opened else _In.START
         self._tag: Tag | None = opened
         self._held = ""
+        self._offered = {tool.name for tool in tools}
+        self._mark = ""  # what opened the call that is held, and what its section is to be read as if it began with
+        self._resume = ""
         self._search_from = 0  # in a call section: where an unseen end marker can begin at the earliest
+        self._stream: ArgumentStream | None = None
+        self._reader: ArgumentReader | None = None
+        self._num_read = 0  # how many of the characters that are held the reader has
 
     @property
     def is_reasoning(self) -> bool:
@@ -93,7 +124,7 @@ class Splitter:
     # Each of these takes something off the front of what is held and says whether it did.
 
     def _advance(self, out: list[Piece], *, final: bool) -> bool:
-        if not self._held:
+        if not self._held and self._state is not _In.ARGUMENTS:
             return False
         match self._state:
             case _In.START | _In.REASONED:
@@ -106,6 +137,10 @@ class Splitter:
                 return self._think(out, final=final)
             case _In.CALL:
                 return self._call(out, final=final)
+            case _In.ARGUMENTS:
+                return self._argue(out, final=final)
+            case _In.ARGUED:
+                return self._after_arguments(out, final=final)
             case _In.CALLED:
                 return self._between_calls(out, final=final)
 
@@ -131,6 +166,8 @@ class Splitter:
         if not final and any(tag.open.startswith(body) for tag in openers):
             return False
         if self._format is not None and not self._format.start and self._format.may_begin(body[:_LOOK_AHEAD]):
+            if self._open_call(out, blank):
+                return True
             if not final:
                 return False
             section = self._format.parse(body, self._tools)
@@ -185,7 +222,7 @@ class Splitter:
             if said:
                 out.append(Text(self._take(len(said))))
             # The white space stays in front of the mark: it comes back if the section is no call.
-            self._state, self._search_from = _In.CALL, 0
+            self._begin_call(mark)
             return True
         if final:
             ready = self._held
@@ -197,22 +234,27 @@ class Splitter:
             out.append(Text(self._take(len(ready))))
         return bool(ready)
 
+    def _begin_call(self, mark: str, resume: str = "") -> None:
+        self._state, self._mark, self._resume, self._search_from = _In.CALL, mark, resume, 0
+
     def _call(self, out: list[Piece], *, final: bool) -> bool:
         """From the mark that opens a call, white space before it included."""
         assert self._format is not None
-        start, end = self._format.start, self._format.end
-        begin = self._held.find(start) + len(start)
-        if not self._format.may_begin(self._held[begin : begin + _LOOK_AHEAD]):
+        end, resume = self._format.end, self._resume
+        begin = self._held.find(self._mark) + len(self._mark)
+        if not self._format.may_begin(resume + self._held[begin : begin + _LOOK_AHEAD]):
             return self._mention(out, begin)
+        if self._open_call(out, begin):
+            return True
         at = self._held.find(end, max(begin, self._search_from)) if end else -1
         if at < 0 and not final:
             self._search_from = max(begin, len(self._held) - len(end) + 1)
             return False
-        body = self._held[begin:] if at < 0 else self._held[begin:at]  # some models leave the last mark out
+        body = resume + (self._held[begin:] if at < 0 else self._held[begin:at])  # some models leave the last mark out
         section = self._parse(body)
         if section is not None:
             closing = 0 if at < 0 else len(end)
-            out.append(Calls(section.calls, len(self._take(begin + section.num_chars + closing))))
+            out.append(Calls(section.calls, len(self._take(begin + section.num_chars - len(resume) + closing))))
             self._state = _In.CALLED
             return True
         if at >= 0 and self._format.is_open(body):
@@ -220,14 +262,65 @@ class Splitter:
             return True
         return self._mention(out, begin)
 
+    def _open_call(self, out: list[Piece], begin: int) -> bool:
+        """Whether the text from `begin` on is a call for certain, by a name that was offered: then its arguments go out as they come."""
+        assert self._format is not None
+        if not self._format.streams:
+            return False
+        resume = self._resume if self._state is _In.CALL else ""
+        beginning = resume + self._held[begin : begin + _HEAD]
+        for stream in self._format.streams:
+            match = stream.head.match(beginning)
+            if match is None or match.lastindex is None or match[match.lastindex] not in self._offered:
+                continue
+            name = match[match.lastindex]
+            out.append(CallOpened(name, len(self._take(begin + match.end() - len(resume)))))
+            self._state, self._stream, self._reader, self._num_read = _In.ARGUMENTS, stream, stream.reader(name, self._tools), 0
+            return True
+        return False
+
+    def _argue(self, out: list[Piece], *, final: bool) -> bool:
+        assert self._reader is not None
+        text, used = self._reader.read(self._held[self._num_read :])
+        self._num_read = len(self._held) - used
+        self._take(used)
+        is_over = self._reader.state != "open" or final
+        if is_over:
+            text += self._reader.close()
+            if self._reader.state == "open":
+                used += len(self._take(len(self._held)))
+            self._state = _In.ARGUED
+        if text or used or is_over:
+            out.append(Arguments(text, used, is_over))
+        return is_over
+
+    def _after_arguments(self, out: list[Piece], *, final: bool) -> bool:
+        assert self._stream is not None
+        stream, body = self._stream, self._held.lstrip()
+        blank = len(self._held) - len(body)
+        if any(body.startswith(mark) for mark in stream.more):
+            self._begin_call(next(mark for mark in stream.more if body.startswith(mark)), stream.resume)
+            return True
+        closer = next((closer for closer in (stream.end, *stream.closers) if closer and body.startswith(closer)), None)
+        if closer is not None:
+            out.append(Markup(len(self._take(blank + len(closer)))))
+            if closer == stream.end:
+                self._state = _In.CALLED
+            return True
+        if not final and any(mark.startswith(body) for mark in (stream.end, *stream.closers, *stream.more)):
+            return False
+        self._state = _In.CALLED
+        return True
+
     def _parse(self, body: str) -> Section | None:
         assert self._format is not None
+        start = self._format.start
         section = self._format.parse(body, self._tools)
-        if section is not None or self._format.start not in body:
+        if section is not None or not start or start not in body:
             return section
         # Some models open the next call without closing the one before.
         calls: list[Call] = []
-        for part in body.split(self._format.start):
+        for part in body.split(start):
             section = self._format.parse(part, self._tools)
             if section is None:
                 return None
@@ -249,7 +342,7 @@ class Splitter:
         mark = self._format.start if self._format is not None else ""
         if mark and body.startswith(mark):
             out.append(Markup(len(self._take(len(self._held) - len(body)))))
-            self._state, self._search_from = _In.CALL, 0
+            self._begin_call(mark)
             return True
         if mark and not final and mark.startswith(body):
             return False
@@ -266,6 +359,8 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
                 joined[-1] = Text(before + text)
             case Reasoning(text), Reasoning(before):
                 joined[-1] = Reasoning(before + text)
+            case Arguments(text, num_chars, closes), Arguments(before, num_before, False):
+                joined[-1] = Arguments(before + text, num_before + num_chars, closes)
             case _:
                 joined.append(piece)
     return joined

@@ -11,6 +11,7 @@ from mlx_manager.inference.families.tool_formats.json_call import NOT_A_VALUE, m
 
 start = "<tool_call>"
 end = "</tool_call>"
+streams = ()
 _OPENING = re.compile(r"\s*[\w.:-]+\s*(<|\Z)|\s*\Z")
 _NAME = re.compile(r"\s*([\w.:-]+)\s*")
 _PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)

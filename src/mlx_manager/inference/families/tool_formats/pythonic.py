@@ -11,6 +11,7 @@ from mlx_manager.inference.families.tool_formats.json_call import make_call, rea
 
 start = ""
 end = ""
+streams = ()
 _FENCE = re.compile(r"^```(?:tool_code|python)?\s*\n(.*?)\n?```$", re.DOTALL)
 _OPENING = re.compile(r"\s*\[?\s*([A-Za-z_][\w.]*\s*(\(|\Z)|\Z)")
 _OPENING_FENCES = ("```tool_code\n", "```python\n", "```\n")

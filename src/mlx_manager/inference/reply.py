@@ -19,7 +19,8 @@ from mlx_manager.core.requests import ToolSpec
 from mlx_manager.inference.detokenizer import Decode, Detokenizer
 from mlx_manager.inference.engine.sequence import EndReason, Token
 from mlx_manager.inference.families.family import Call, Family, Tag
-from mlx_manager.inference.families.sections import Arguments, CallOpened, Calls, Markup, Piece, Reasoning, Splitter, Text
+from mlx_manager.inference.families.pieces import Arguments, CallOpened, Calls, Markup, Piece, Reasoning, Text
+from mlx_manager.inference.families.sections import splitter_for
 from mlx_manager.inference.stopping import StopMatcher
 
 DescribeToken = Callable[[int], tuple[str, bytes]]
@@ -45,7 +46,7 @@ class ReplyReader:
         self._choice = choice
         self._describe = describe
         self._detokenizer = Detokenizer(decode)
-        self._splitter = Splitter(family, tools=tools, opened=opened) if splits else None
+        self._splitter = splitter_for(family, tools=tools, opened=opened) if splits else None
         self._stop = StopMatcher(stop)
         self._parallel = parallel_tool_calls
         self._num_calls = 0

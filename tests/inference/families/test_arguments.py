@@ -13,8 +13,9 @@ from mlx_manager.core.requests import ToolSpec
 from mlx_manager.inference.families.family import ArgumentReader, Family
 from mlx_manager.inference.families.llama import LLAMA
 from mlx_manager.inference.families.mistral import MISTRAL
+from mlx_manager.inference.families.pieces import Arguments, CallOpened, Text
 from mlx_manager.inference.families.qwen import QWEN
-from mlx_manager.inference.families.sections import Arguments, CallOpened, Splitter, Text
+from mlx_manager.inference.families.sections import Splitter
 from mlx_manager.inference.families.tool_formats.json_arguments import JsonArguments, read_arguments
 from tests.inference.families.test_sections import called, split, told
 

@@ -49,7 +49,8 @@ class ArgumentStream:
 
     `head` matches from the mark that opens a section up to the arguments, when it is certain that it is a call; its one group that
     took part is the name. After a call, `more` lead to another one of the same section (which is read as if `resume` stood before it),
-    `closers` belong to the call, and `end` ends the section; white space between them is nobody's.
+    `closers` belong to the call, and `end` ends the section; white space between them is nobody's. `bare` opens a call where models
+    leave the section's mark out.
     """
 
     head: re.Pattern[str]
@@ -58,6 +59,7 @@ class ArgumentStream:
     resume: str = ""
     closers: tuple[str, ...] = ()
     end: str = ""
+    bare: str = ""
 
 
 class ToolFormat(Protocol):
@@ -94,22 +96,28 @@ class ToolFormat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """What encloses reasoning."""
+    """What encloses reasoning: at the beginning of a reply, or `anywhere` in it."""
 
     open: str
     close: str
+    anywhere: bool = False
 
 
 THINK = Tag("<think>", "</think>")
 REASONING = Tag("<reasoning>", "</reasoning>")
+BRACKETS = Tag("[THINK]", "[/THINK]")
+THOUGHT = Tag("<|channel>thought", "<channel|>", anywhere=True)
+LONGCAT_THINK = Tag("<longcat_think>", "</longcat_think>")
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """`model_types` are values of `model_type` in config.json; `stop_tokens` end a turn beside those that the configuration names;
-    `turn_tokens` begin one, where a tokenizer may not call them special. Of the template (detected, see `detect`): `thinks` says that it
-    knows reasoning, `thinking_option` and `effort_option` are its switches for whether and how hard, if it has them, and
-    `short_call_ids` says that it takes ids of nine letters and digits only."""
+    `turn_tokens` begin one, where a tokenizer may not call them special. Models with `channels` write messages of their own kind
+    (`families.channels`) and need neither format nor tags. Of the template (detected, see `detect`): `thinks` says that it
+    knows reasoning, `thinking_option` and `effort_option` are its switches for whether and how hard, if it has them,
+    `reasoning_field` is what it calls a message's reasoning, and `short_call_ids` says that it takes ids of nine letters and digits
+    only."""
 
     name: str
     model_types: frozenset[str]
@@ -117,7 +125,9 @@ class Family:
     reasoning_tags: tuple[Tag, ...] = (THINK, REASONING)
     stop_tokens: tuple[str, ...] = ()
     turn_tokens: tuple[str, ...] = ()
+    channels: bool = False
     thinks: bool = False
     thinking_option: str | None = None
     effort_option: str | None = None
+    reasoning_field: str = "reasoning_content"
     short_call_ids: bool = False

@@ -83,19 +83,29 @@ class PromptRenderer:
         """The rendered prompt, with a break character inside every control token that a user's text spells."""
         if not self._tokenizer.chat_template:
             raise InvalidField("This model has no chat template: use /v1/completions.", param="messages", code="unsupported_value")
-        options = self._options(conversation.reasoning)
-        messages = [self._message(m) for m in conversation.messages]
+        switches = self._options(conversation.reasoning)
         tools = [self._tool(t) for t in conversation.tools] or None
-        if options:
+        # As it should be; then as templates take it that fail over their own switches, or that add arguments to text.
+        spellings = (False, True) if any(m.tool_calls for m in conversation.messages) else (False,)
+        attempts = [(options, as_text) for options in ([switches, {}] if switches else [{}]) for as_text in spellings]
+        failure: Exception | None = None
+        for options, as_text in attempts:
+            messages = [self._message(m, as_text=as_text) for m in conversation.messages]
+            if self._family.channels:
+                messages = _one_call_each(messages)
             try:
-                return self._apply(messages, tools, options, continues=conversation.continues)
-            except Exception:
-                log.warning("the chat template failed with %s; rendering without", sorted(options), exc_info=True)
-        try:
-            return self._apply(messages, tools, {}, continues=conversation.continues)
-        except Exception as error:
-            reason = str(error).rstrip(".") if isinstance(error, TemplateError) else "it failed"
-            raise InvalidField(f"The model's chat template refuses these messages: {reason}.", param="messages") from error
+                text = self._apply(messages, tools, options, continues=conversation.continues)
+            except Exception as error:  # noqa: BLE001 - a template can fail with anything: it is told below
+                failure = failure if as_text else error
+                continue
+            if failure is not None:
+                how = "arguments as text" if as_text else "arguments as objects"
+                log.warning(
+                    "the chat template failed with %s; rendered with %s, %s", sorted(switches), sorted(options), how, exc_info=failure
+                )
+            return text
+        reason = str(failure).rstrip(".") if isinstance(failure, TemplateError) else "it failed"
+        raise InvalidField(f"The model's chat template refuses these messages: {reason}.", param="messages") from failure
 
     def _apply(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: Mapping[str, Any], *, continues: bool
@@ -114,16 +124,20 @@ class PromptRenderer:
             options[self._family.effort_option] = _EFFORTS[wanted.effort]
         return options
 
-    def _message(self, message: Message) -> dict[str, Any]:
+    def _message(self, message: Message, *, as_text: bool) -> dict[str, Any]:
         out: dict[str, Any] = {"role": message.role, "content": self._content(message)}
         if message.reasoning is not None:
-            out["reasoning_content"] = self._defused(message.reasoning)
+            out[self._family.reasoning_field] = self._defused(message.reasoning)
+            if self._family.channels and message.tool_calls and out["content"]:
+                # Before a call there is one message on the channel of thoughts: their templates take nothing else.
+                out[self._family.reasoning_field] += "\n\n" + out["content"]
+                out["content"] = ""
         if message.tool_calls:
             out["tool_calls"] = [
                 {
                     "id": self._call_id(c.id),
                     "type": "function",
-                    "function": {"name": self._defused(c.name), "arguments": self._arguments(c.arguments)},
+                    "function": {"name": self._defused(c.name), "arguments": self._arguments(c.arguments, as_text=as_text)},
                 }
                 for c in message.tool_calls
             ]
@@ -144,8 +158,10 @@ class PromptRenderer:
             return self._defused(call_id)
         return hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]
 
-    def _arguments(self, text: str) -> Any:
+    def _arguments(self, text: str, *, as_text: bool) -> Any:
         """Templates want an object; arguments that are not one are passed on as the text they are."""
+        if as_text:
+            return self._defused(text)
         try:
             value: Any = json.loads(text) if text.strip() else {}
         except (ValueError, RecursionError):
@@ -172,3 +188,24 @@ class PromptRenderer:
                 return [self._defused(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
             case _:
                 return value
+
+
+def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same calls, each in a message of its own with its result after it: templates of channels leave out all but the first."""
+    out: list[dict[str, Any]] = []
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        calls: list[dict[str, Any]] = message.get("tool_calls", [])
+        if len(calls) < 2:
+            out.append(message)
+            continue
+        num_results = next((i for i, follows in enumerate(rest) if follows["role"] != "tool"), len(rest))
+        results, rest = rest[:num_results], rest[num_results:]
+        for i, call in enumerate(calls):
+            its = [result for result in results if result.get("tool_call_id") == call["id"]]
+            results = [result for result in results if result not in its]
+            head = message if i == 0 else {"role": message["role"], "content": ""}
+            out += [{**head, "tool_calls": [call]}, *its]
+        out += results
+    return out

@@ -9,67 +9,18 @@ If the reply ends in them, they are closed too, and what was held back of them (
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from mlx_manager.core.requests import ToolSpec
+from mlx_manager.inference.families.channels import ChannelSplitter
 from mlx_manager.inference.families.family import ArgumentReader, ArgumentStream, Call, Family, Section, Tag
+from mlx_manager.inference.families.marks import overlap
+from mlx_manager.inference.families.pieces import Arguments, CallOpened, Calls, Markup, Piece, Reasoning, Text, joined
 
 # Characters by which a format tells that text is no call: more would make every token's look at a long call cost its length.
 _LOOK_AHEAD = 100
 # Characters within which a call must get from its mark to its arguments for these to be passed on while they are written.
 _HEAD = 400
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    text: str
-
-    @property
-    def num_chars(self) -> int:
-        return len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    text: str
-
-    @property
-    def num_chars(self) -> int:
-        return len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    calls: tuple[Call, ...]
-    num_chars: int
-
-
-@dataclass(frozen=True, slots=True)
-class CallOpened:
-    """A call whose arguments follow piece by piece."""
-
-    name: str
-    num_chars: int
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """The next of the JSON text of the call that was opened last; `closes` says that there is no more."""
-
-    text: str
-    num_chars: int
-    closes: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Markup:
-    """Tags, and white space that belongs to them: shown nowhere."""
-
-    num_chars: int
-
-
-Piece = Text | Reasoning | Calls | CallOpened | Arguments | Markup
 
 
 class _In(Enum):
@@ -95,6 +46,14 @@ class Splitter:
         self._tag: Tag | None = opened
         self._held = ""
         self._offered = {tool.name for tool in tools}
+        # What means something amid text: a call, and what its section is to be read as if it began with; a thought; an end of nothing.
+        self._marks: dict[str, str | Tag | None] = {}
+        for tag in family.reasoning_tags:
+            if tag.anywhere:
+                self._marks |= {tag.open: tag, tag.close: None}
+        if self._format is not None:
+            self._marks |= {self._format.start: ""} if self._format.start else {}
+            self._marks |= {stream.bare: stream.bare for stream in self._format.streams if stream.bare}
         self._mark = ""  # what opened the call that is held, and what its section is to be read as if it began with
         self._resume = ""
         self._search_from = 0  # in a call section: where an unseen end marker can begin at the earliest
@@ -111,7 +70,7 @@ class Splitter:
         pieces: list[Piece] = []
         while self._advance(pieces, final=False):
             pass
-        return _joined(pieces)
+        return joined(pieces)
 
     def finish(self) -> list[Piece]:
         """What was kept back, at the end of the text."""
@@ -119,7 +78,7 @@ class Splitter:
         while self._advance(pieces, final=True):
             pass
         assert not self._held, "all text is accounted for"
-        return _joined(pieces)
+        return joined(pieces)
 
     # Each of these takes something off the front of what is held and says whether it did.
 
@@ -157,7 +116,7 @@ class Splitter:
                 return False
             out.append(Markup(len(self._take(blank))) if after_reasoning else Text(self._take(blank)))
             return True
-        openers = () if after_reasoning else self._family.reasoning_tags
+        openers = tuple(tag for tag in self._family.reasoning_tags if tag.anywhere or not after_reasoning)
         for tag in openers:
             if body.startswith(tag.open):
                 out.append(Markup(len(self._take(blank + len(tag.open)))))
@@ -205,7 +164,7 @@ class Splitter:
             out.append(Markup(len(self._take(at - len(thought) + len(self._tag.close)))))
             self._state = _In.REASONED
             return True
-        keep = 0 if final else _overlap(self._held, self._tag.close)
+        keep = 0 if final else overlap(self._held, self._tag.close)
         ready = self._held[: len(self._held) - keep]
         if not final:
             ready = ready.rstrip()  # the white space before the closing tag is the tag's
@@ -214,22 +173,24 @@ class Splitter:
         return bool(ready)
 
     def _say(self, out: list[Piece], *, final: bool) -> bool:
-        mark = self._format.start if self._format is not None else ""
-        at = self._held.find(mark) if mark else -1
-        if at >= 0:
-            text = self._held[:at]
-            said = text.rstrip()
+        found = [(at, mark) for mark in self._marks if (at := self._held.find(mark)) >= 0]
+        if found:
+            at, mark = min(found, key=lambda each: each[0])
+            said = self._held[:at].rstrip()
             if said:
                 out.append(Text(self._take(len(said))))
-            # The white space stays in front of the mark: it comes back if the section is no call.
-            self._begin_call(mark)
+            match self._marks[mark]:
+                case str(resume):
+                    # The white space stays in front of the mark: it comes back if the section is no call.
+                    self._begin_call(mark, resume)
+                case tag:
+                    out.append(Markup(len(self._take(at - len(said) + len(mark)))))
+                    if tag is not None:
+                        self._tag, self._state = tag, _In.REASONING_START
             return True
-        if final:
-            ready = self._held
-        else:
-            ready = self._held[: len(self._held) - (_overlap(self._held, mark) if mark else 0)]
-            if mark:
-                ready = ready.rstrip()
+        ready = self._held
+        if not final and self._marks:
+            ready = ready[: len(ready) - max(overlap(ready, mark) for mark in self._marks)].rstrip()
         if ready:
             out.append(Text(self._take(len(ready))))
         return bool(ready)
@@ -350,22 +311,5 @@ class Splitter:
         return True
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one, so that a section does not fall apart where it was looked at."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        match piece, joined[-1] if joined else None:
-            case Text(text), Text(before):
-                joined[-1] = Text(before + text)
-            case Reasoning(text), Reasoning(before):
-                joined[-1] = Reasoning(before + text)
-            case Arguments(text, num_chars, closes), Arguments(before, num_before, False):
-                joined[-1] = Arguments(before + text, num_before + num_chars, closes)
-            case _:
-                joined.append(piece)
-    return joined
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `mark`."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+def splitter_for(family: Family, *, tools: Sequence[ToolSpec] = (), opened: Tag | None = None) -> Splitter | ChannelSplitter:
+    return ChannelSplitter(tools=tools) if family.channels else Splitter(family, tools=tools, opened=opened)

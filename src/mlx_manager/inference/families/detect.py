@@ -39,9 +39,9 @@ _TEMPLATE_SIGNS: tuple[tuple[str, ToolFormat], ...] = (
 )
 _TEMPLATE_TAGS = (BRACKETS, THOUGHT, LONGCAT_THINK)  # told by templates of any family; the others every family knows
 _CHANNELS = "<|channel|>"
-# `thinking` as a switch, not as a part of another word, and as what a message's reasoning is called.
+# `thinking` as a switch, not as a part of another word.
 _THINKING = re.compile(r"\bif (?:not )?thinking\b|(?<![.\w])thinking is (?:not )?defined")
-_THINKING_FIELD = re.compile(r"message\.thinking\b|[\"']thinking[\"'] in message|message\[[\"']thinking[\"']\]")
+_THINKING_BLOCK = re.compile(r"[\"']type[\"']\] == [\"']thinking[\"']")
 _SHORT_CALL_IDS = re.compile(r"length\s*[!=]=\s*9\b")  # Mistral's templates refuse any other
 
 
@@ -64,7 +64,7 @@ def detect(config: Mapping[str, Any], chat_template: str | Mapping[str, str] | N
         thinks=channels or any(tag.open in template for tag in tags),
         thinking_option=_named("enable_thinking", template) or ("thinking" if _THINKING.search(template) else None),
         effort_option=_named("reasoning_effort", template),
-        reasoning_field="thinking" if _THINKING_FIELD.search(template) else "reasoning_content",
+        reasoning_blocks=_THINKING_BLOCK.search(template) is not None,
         short_call_ids=_SHORT_CALL_IDS.search(template) is not None,
     )
 

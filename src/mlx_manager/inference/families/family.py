@@ -116,8 +116,8 @@ class Family:
     `turn_tokens` begin one, where a tokenizer may not call them special. Models with `channels` write messages of their own kind
     (`families.channels`) and need neither format nor tags. Of the template (detected, see `detect`): `thinks` says that it
     knows reasoning, `thinking_option` and `effort_option` are its switches for whether and how hard, if it has them,
-    `reasoning_field` is what it calls a message's reasoning, and `short_call_ids` says that it takes ids of nine letters and digits
-    only."""
+    `reasoning_blocks` says that it takes earlier reasoning among the content, and `short_call_ids` that it takes ids of nine letters
+    and digits only."""
 
     name: str
     model_types: frozenset[str]
@@ -129,5 +129,5 @@ class Family:
     thinks: bool = False
     thinking_option: str | None = None
     effort_option: str | None = None
-    reasoning_field: str = "reasoning_content"
+    reasoning_blocks: bool = False
     short_call_ids: bool = False

@@ -1,5 +1,7 @@
 """What config.json and the chat template give away."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,13 @@ def test_a_template_tells_the_format_whatever_the_model_calls_itself(name: str) 
     template = path.read_text(encoding="utf-8")
     for model_type in ("qwen3", "nobody's"):
         assert detect({"model_type": model_type}, template).tool_format is FORMATS[name]
+
+
+def test_the_documentation_names_each_model_type() -> None:
+    table = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
+    for family in FAMILIES:
+        for model_type in family.model_types:
+            assert re.search(rf"[|,] {re.escape(model_type)}[ ,]", table), model_type
 
 
 def test_each_model_type_is_of_one_family() -> None:

@@ -236,3 +236,20 @@ def test_a_whole_conversation_with_tools_renders_in_order(path: Path) -> None:
     at = text.rindex("Weather, please?")
     for part in (*called, "It is sunny.", "And tomorrow?"):
         at = text.index(part, at)
+
+
+# Templates that write arguments as JSON, and break nothing about a call.
+SPELLS_JSON = [
+    path
+    for path in TEMPLATES
+    if path.parent.name in ("deepseek", "gptoss", "hermes", "llama", "mistral", "qwen")
+    and "call" not in BREAKS.get(path.stem, (set[str](), ""))[0]
+    and "<parameter=" not in path.read_text(encoding="utf-8")
+]
+SPELT = '{"zeta": "é \\"q\\" 東京", "alpha": [1.5, -2, true, null], "n": 12345678901234567890, "empty": {}}'
+
+
+@pytest.mark.parametrize("path", SPELLS_JSON, ids=lambda p: p.stem)
+def test_arguments_in_history_are_spelt_as_the_model_wrote_them(path: Path) -> None:
+    called = Message("assistant", "", tool_calls=(ToolCall("abcdefghi", "get_weather", SPELT),))
+    assert SPELT in written(path, ASKED, called, RESULT)

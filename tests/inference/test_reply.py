@@ -13,6 +13,8 @@ from mlx_manager.core.events import (
     Started,
     TextDelta,
     TokenLogprob,
+    ToolCallDelta,
+    ToolCallStart,
     collect,
 )
 from mlx_manager.core.messages import Message
@@ -77,6 +79,22 @@ async def test_a_reply_is_split_into_what_is_thought_said_and_called() -> None:
     assert (choice.reasoning, choice.text) == ("Hm.", "Look:")
     assert [(c.name, c.arguments) for c in choice.tool_calls] == [("get_weather", '{"city": "Paris"}')]
     assert finish_of(reply).reason == "tool_calls"
+
+
+async def test_arguments_come_while_they_are_written_and_join_to_what_the_model_wrote() -> None:
+    reply, events = await read(CALL, tools=TOOLS)
+    start = next(i for i, event in enumerate(events) if isinstance(event, ToolCallStart))
+    deltas = [event for event in events if isinstance(event, ToolCallDelta)]
+    assert events[start + 1 : start + 1 + len(deltas)] == deltas, "nothing comes between"
+    assert len(deltas) > 3
+    assert all(delta.arguments for delta in deltas)
+    assert "".join(delta.arguments for delta in deltas) == '{"city": "Paris"}' == reply.choices[0].tool_calls[0].arguments
+
+
+async def test_a_call_that_is_cut_off_is_still_one_json_object_and_says_so() -> None:
+    reply, _ = await read(CALL[: CALL.index("ris")], tools=TOOLS, reason="length")
+    assert [c.arguments for c in reply.choices[0].tool_calls] == ['{"city": "Pa"}']
+    assert finish_of(reply).reason == "length"
 
 
 async def test_calls_have_ids_of_their_own() -> None:

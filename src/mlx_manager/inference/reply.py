@@ -19,8 +19,8 @@ from mlx_manager.core.requests import ToolSpec
 from mlx_manager.inference.detokenizer import Decode, Detokenizer
 from mlx_manager.inference.engine.sequence import EndReason, Token
 from mlx_manager.inference.families.family import Call, Family, Tag
-from mlx_manager.inference.families.sections import Calls, Markup, Piece, Reasoning, Splitter, Text
-from mlx_manager.inference.families.tool_formats.json_call import write_json
+from mlx_manager.inference.families.pieces import Arguments, CallOpened, Calls, Markup, Piece, Reasoning, Text
+from mlx_manager.inference.families.sections import splitter_for
 from mlx_manager.inference.stopping import StopMatcher
 
 DescribeToken = Callable[[int], tuple[str, bytes]]
@@ -46,7 +46,7 @@ class ReplyReader:
         self._choice = choice
         self._describe = describe
         self._detokenizer = Detokenizer(decode)
-        self._splitter = Splitter(family, tools=tools, opened=opened) if splits else None
+        self._splitter = splitter_for(family, tools=tools, opened=opened) if splits else None
         self._stop = StopMatcher(stop)
         self._parallel = parallel_tool_calls
         self._num_calls = 0
@@ -112,6 +112,14 @@ class ReplyReader:
                     self._pass(piece.num_chars)
                     events += self._call_events(calls if self._parallel else calls[:1])
                     self.ended = not self._parallel
+                case CallOpened(name):
+                    self._pass(piece.num_chars)
+                    events.append(self._call_start(name))
+                case Arguments(text, num_chars, closes):
+                    self._pass(num_chars)
+                    if text:
+                        events.append(ToolCallDelta(self._num_calls - 1, text, self._choice))
+                    self.ended = closes and not self._parallel
                 case Markup():
                     self._pass(piece.num_chars)
         return events
@@ -119,10 +127,13 @@ class ReplyReader:
     def _call_events(self, calls: Sequence[Call]) -> list[Event]:
         events: list[Event] = []
         for call in calls:
-            index, self._num_calls = self._num_calls, self._num_calls + 1
-            events.append(ToolCallStart(index, f"call_{secrets.token_urlsafe(18)}", call.name, self._choice))
-            events.append(ToolCallDelta(index, write_json(call.arguments), self._choice))
+            events.append(self._call_start(call.name))
+            events.append(ToolCallDelta(self._num_calls - 1, call.arguments, self._choice))
         return events
+
+    def _call_start(self, name: str) -> ToolCallStart:
+        index, self._num_calls = self._num_calls, self._num_calls + 1
+        return ToolCallStart(index, f"call_{secrets.token_urlsafe(18)}", name, self._choice)
 
     def _text_delta(self, text: str) -> TextDelta:
         return TextDelta(text, self._choice, tuple(self._pass(len(text))))

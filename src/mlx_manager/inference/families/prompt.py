@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # Of our seven the three that templates know.
 _EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+_IS_NONE = re.compile(r"(message(?:\.content|\[['\"]content['\"]\])) is (not )?none")
 _BREAK = "\ufdd0"  # a noncharacter: no text may contain it, and what does has it removed
 
 
@@ -76,6 +77,8 @@ class PromptRenderer:
         added = tokenizer.added_tokens_decoder.values()
         control = sorted((t.content for t in added if t.special or t.content in turns), key=len, reverse=True)
         self._control = re.compile("|".join(re.escape(c) for c in control)) if control else None
+        template = tokenizer.chat_template
+        self._template = _asking_for_absence(template) if isinstance(template, str) and _IS_NONE.search(template) else None
 
     def render(self, prompt: Prompt) -> Rendered:
         """Raises `InvalidField` if the model has no chat template, or its template refuses these messages."""
@@ -118,23 +121,39 @@ class PromptRenderer:
         """The rendered prompt, with a break character inside every control token that a user's text spells."""
         if not self._tokenizer.chat_template:
             raise InvalidField("This model has no chat template: use /v1/completions.", param="messages", code="unsupported_value")
-        options = self._options(conversation.reasoning)
-        messages = [self._message(m) for m in conversation.messages]
-        tools = [self._tool(t) for t in conversation.tools] or None
-        if options:
+        switches = self._options(conversation.reasoning)
+        tools = [self._tool(t) for t in conversation.tools]
+        # As it should be; then as templates take it that fail over their own switches, over having no list of tools, or that add
+        # arguments to text.
+        attempts = [
+            (options, declared, as_text)
+            for options in ([switches, {}] if switches else [{}])
+            for declared in ([tools] if tools else [None, []])
+            for as_text in ((False, True) if any(m.tool_calls for m in conversation.messages) else (False,))
+        ]
+        failures: list[tuple[Mapping[str, Any], Exception]] = []
+        for options, declared, as_text in attempts:
+            messages = [self._message(m, as_text=as_text) for m in conversation.messages]
+            if self._family.channels:
+                messages = _one_call_each(messages)
             try:
-                return self._apply(messages, tools, options, continues=conversation.continues)
-            except Exception:
-                log.warning("the chat template failed with %s; rendering without", sorted(options), exc_info=True)
-        try:
-            return self._apply(messages, tools, {}, continues=conversation.continues)
-        except Exception as error:
-            reason = str(error).rstrip(".") if isinstance(error, TemplateError) else "it failed"
-            raise InvalidField(f"The model's chat template refuses these messages: {reason}.", param="messages") from error
+                text = self._apply(messages, declared, options, continues=conversation.continues)
+            except Exception as error:  # noqa: BLE001 - a template can fail with anything: it is told below
+                failures.append((options, error))
+                continue
+            if failures:
+                log.warning("the chat template failed with %s: %s", sorted(switches), failures[0][1])
+                log.warning("it was rendered with %s, arguments as %s", sorted(options), "text" if as_text else "objects")
+            return text
+        failure = next(error for options, error in failures if not options)
+        reason = str(failure).rstrip(".") if isinstance(failure, TemplateError) else "it failed"
+        raise InvalidField(f"The model's chat template refuses these messages: {reason}.", param="messages") from failure
 
     def _apply(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: Mapping[str, Any], *, continues: bool
     ) -> str:
+        if self._template is not None:
+            options = {**options, "chat_template": self._template}
         return self._tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=not continues, continue_final_message=continues, tokenize=False, **options
         )
@@ -149,16 +168,27 @@ class PromptRenderer:
             options[self._family.effort_option] = _EFFORTS[wanted.effort]
         return options
 
-    def _message(self, message: Message) -> dict[str, Any]:
+    def _message(self, message: Message, *, as_text: bool) -> dict[str, Any]:
         out: dict[str, Any] = {"role": message.role, "content": self._content(message)}
+        family = self._family
         if message.reasoning is not None:
-            out["reasoning_content"] = self._defused(message.reasoning)
+            reasoning = self._defused(message.reasoning)
+            if family.channels and message.tool_calls and out["content"]:
+                # Before a call there is one message on the channel of thoughts: their templates take nothing else.
+                reasoning, out["content"] = f"{reasoning}\n\n{out['content']}", ""
+            if family.reasoning_blocks and isinstance(out["content"], str):
+                said = [{"type": "text", "text": out["content"]}] if out["content"] else []
+                out["content"] = [{"type": "thinking", "thinking": reasoning}, *said]
+            else:
+                out["reasoning_content"] = reasoning
+        if message.tool_calls and out["content"] == "" and self._template is not None:
+            del out["content"]
         if message.tool_calls:
             out["tool_calls"] = [
                 {
                     "id": self._call_id(c.id),
                     "type": "function",
-                    "function": {"name": self._defused(c.name), "arguments": self._arguments(c.arguments)},
+                    "function": {"name": self._defused(c.name), "arguments": self._arguments(c.arguments, as_text=as_text)},
                 }
                 for c in message.tool_calls
             ]
@@ -182,8 +212,10 @@ class PromptRenderer:
             return self._defused(call_id)
         return hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]
 
-    def _arguments(self, text: str) -> Any:
+    def _arguments(self, text: str, *, as_text: bool) -> Any:
         """Templates want an object; arguments that are not one are passed on as the text they are."""
+        if as_text:
+            return self._defused(text)
         try:
             value: Any = json.loads(text) if text.strip() else {}
         except (ValueError, RecursionError):
@@ -210,3 +242,29 @@ class PromptRenderer:
                 return [self._defused(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
             case _:
                 return value
+
+
+def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same calls, each in a message of its own with its result after it: templates of channels leave out all but the first."""
+    out: list[dict[str, Any]] = []
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        calls: list[dict[str, Any]] = message.get("tool_calls", [])
+        if len(calls) < 2:
+            out.append(message)
+            continue
+        num_results = next((i for i, follows in enumerate(rest) if follows["role"] != "tool"), len(rest))
+        results, rest = rest[:num_results], rest[num_results:]
+        for i, call in enumerate(calls):
+            its = [result for result in results if result.get("tool_call_id") == call["id"]]
+            results = [result for result in results if result not in its]
+            head = message if i == 0 else {"role": message["role"], "content": ""}
+            out += [{**head, "tool_calls": [call]}, *its]
+        out += results
+    return out
+
+
+def _asking_for_absence(template: str) -> str:
+    """Some templates show calls only where the content is None; what is None is taken out of messages before templates see them."""
+    return _IS_NONE.sub(lambda m: f"{m[1]} is defined" if m[2] else f"{m[1]} is not defined", template)

@@ -2,51 +2,25 @@
 
 Nothing is lost: a section that turns out not to be a call, or a marker that never closes, comes out as the text it is.
 The pieces of a text cover it in order and without gaps; each says how many of its characters it accounts for.
+
+The arguments of a call to an offered tool go out while they are written, where the format allows. From then on it is a call: if its
+arguments break off, they are closed as they are, so that they still join to one JSON object, and what follows the break is text.
+If the reply ends in them, they are closed too, and what was held back of them (half a key, half a number) is nothing's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from mlx_manager.core.requests import ToolSpec
-from mlx_manager.inference.families.family import Call, Family, Section, Tag
+from mlx_manager.inference.families.channels import ChannelSplitter
+from mlx_manager.inference.families.family import ArgumentReader, ArgumentStream, Call, Family, Section, Tag
+from mlx_manager.inference.families.marks import overlap
+from mlx_manager.inference.families.pieces import Arguments, CallOpened, Calls, Markup, Piece, Reasoning, Text, joined
 
 # Characters by which a format tells that text is no call: more would make every token's look at a long call cost its length.
 _LOOK_AHEAD = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    text: str
-
-    @property
-    def num_chars(self) -> int:
-        return len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    text: str
-
-    @property
-    def num_chars(self) -> int:
-        return len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    calls: tuple[Call, ...]
-    num_chars: int
-
-
-@dataclass(frozen=True, slots=True)
-class Markup:
-    """Tags, and white space that belongs to them: shown nowhere."""
-
-    num_chars: int
-
-
-Piece = Text | Reasoning | Calls | Markup
+# Characters within which a call must get from its mark to its arguments for these to be passed on while they are written.
+_HEAD = 400
 
 
 class _In(Enum):
@@ -56,6 +30,8 @@ class _In(Enum):
     REASONING = auto()
     REASONED = auto()  # just closed: white space belongs to the tag, and the reply begins
     CALL = auto()
+    ARGUMENTS = auto()  # of a call that was opened
+    ARGUED = auto()  # after them: what closes the call, or leads to the next one of its section
     CALLED = auto()  # white space between calls is nobody's
 
 
@@ -69,7 +45,21 @@ class Splitter:
         self._state = _In.REASONING_START if opened else _In.START
         self._tag: Tag | None = opened
         self._held = ""
+        self._offered = {tool.name for tool in tools}
+        # What means something amid text: a call, and what its section is to be read as if it began with; a thought; an end of nothing.
+        self._marks: dict[str, str | Tag | None] = {}
+        for tag in family.reasoning_tags:
+            if tag.anywhere:
+                self._marks |= {tag.open: tag, tag.close: None}
+        if self._format is not None:
+            self._marks |= {self._format.start: ""} if self._format.start else {}
+            self._marks |= {stream.bare: stream.bare for stream in self._format.streams if stream.bare}
+        self._mark = ""  # what opened the call that is held, and what its section is to be read as if it began with
+        self._resume = ""
         self._search_from = 0  # in a call section: where an unseen end marker can begin at the earliest
+        self._stream: ArgumentStream | None = None
+        self._reader: ArgumentReader | None = None
+        self._num_read = 0  # how many of the characters that are held the reader has
 
     @property
     def is_reasoning(self) -> bool:
@@ -80,7 +70,7 @@ class Splitter:
         pieces: list[Piece] = []
         while self._advance(pieces, final=False):
             pass
-        return _joined(pieces)
+        return joined(pieces)
 
     def finish(self) -> list[Piece]:
         """What was kept back, at the end of the text."""
@@ -88,12 +78,12 @@ class Splitter:
         while self._advance(pieces, final=True):
             pass
         assert not self._held, "all text is accounted for"
-        return _joined(pieces)
+        return joined(pieces)
 
     # Each of these takes something off the front of what is held and says whether it did.
 
     def _advance(self, out: list[Piece], *, final: bool) -> bool:
-        if not self._held:
+        if not self._held and self._state is not _In.ARGUMENTS:
             return False
         match self._state:
             case _In.START | _In.REASONED:
@@ -106,6 +96,10 @@ class Splitter:
                 return self._think(out, final=final)
             case _In.CALL:
                 return self._call(out, final=final)
+            case _In.ARGUMENTS:
+                return self._argue(out, final=final)
+            case _In.ARGUED:
+                return self._after_arguments(out, final=final)
             case _In.CALLED:
                 return self._between_calls(out, final=final)
 
@@ -122,7 +116,7 @@ class Splitter:
                 return False
             out.append(Markup(len(self._take(blank))) if after_reasoning else Text(self._take(blank)))
             return True
-        openers = () if after_reasoning else self._family.reasoning_tags
+        openers = tuple(tag for tag in self._family.reasoning_tags if tag.anywhere or not after_reasoning)
         for tag in openers:
             if body.startswith(tag.open):
                 out.append(Markup(len(self._take(blank + len(tag.open)))))
@@ -131,6 +125,8 @@ class Splitter:
         if not final and any(tag.open.startswith(body) for tag in openers):
             return False
         if self._format is not None and not self._format.start and self._format.may_begin(body[:_LOOK_AHEAD]):
+            if self._open_call(out, blank):
+                return True
             if not final:
                 return False
             section = self._format.parse(body, self._tools)
@@ -168,7 +164,7 @@ class Splitter:
             out.append(Markup(len(self._take(at - len(thought) + len(self._tag.close)))))
             self._state = _In.REASONED
             return True
-        keep = 0 if final else _overlap(self._held, self._tag.close)
+        keep = 0 if final else overlap(self._held, self._tag.close)
         ready = self._held[: len(self._held) - keep]
         if not final:
             ready = ready.rstrip()  # the white space before the closing tag is the tag's
@@ -177,42 +173,49 @@ class Splitter:
         return bool(ready)
 
     def _say(self, out: list[Piece], *, final: bool) -> bool:
-        mark = self._format.start if self._format is not None else ""
-        at = self._held.find(mark) if mark else -1
-        if at >= 0:
-            text = self._held[:at]
-            said = text.rstrip()
+        found = [(at, mark) for mark in self._marks if (at := self._held.find(mark)) >= 0]
+        if found:
+            at, mark = min(found, key=lambda each: each[0])
+            said = self._held[:at].rstrip()
             if said:
                 out.append(Text(self._take(len(said))))
-            # The white space stays in front of the mark: it comes back if the section is no call.
-            self._state, self._search_from = _In.CALL, 0
+            match self._marks[mark]:
+                case str(resume):
+                    # The white space stays in front of the mark: it comes back if the section is no call.
+                    self._begin_call(mark, resume)
+                case tag:
+                    out.append(Markup(len(self._take(at - len(said) + len(mark)))))
+                    if tag is not None:
+                        self._tag, self._state = tag, _In.REASONING_START
             return True
-        if final:
-            ready = self._held
-        else:
-            ready = self._held[: len(self._held) - (_overlap(self._held, mark) if mark else 0)]
-            if mark:
-                ready = ready.rstrip()
+        ready = self._held
+        if not final and self._marks:
+            ready = ready[: len(ready) - max(overlap(ready, mark) for mark in self._marks)].rstrip()
         if ready:
             out.append(Text(self._take(len(ready))))
         return bool(ready)
 
+    def _begin_call(self, mark: str, resume: str = "") -> None:
+        self._state, self._mark, self._resume, self._search_from = _In.CALL, mark, resume, 0
+
     def _call(self, out: list[Piece], *, final: bool) -> bool:
         """From the mark that opens a call, white space before it included."""
         assert self._format is not None
-        start, end = self._format.start, self._format.end
-        begin = self._held.find(start) + len(start)
-        if not self._format.may_begin(self._held[begin : begin + _LOOK_AHEAD]):
+        end, resume = self._format.end, self._resume
+        begin = self._held.find(self._mark) + len(self._mark)
+        if not self._format.may_begin(resume + self._held[begin : begin + _LOOK_AHEAD]):
             return self._mention(out, begin)
+        if self._open_call(out, begin):
+            return True
         at = self._held.find(end, max(begin, self._search_from)) if end else -1
         if at < 0 and not final:
             self._search_from = max(begin, len(self._held) - len(end) + 1)
             return False
-        body = self._held[begin:] if at < 0 else self._held[begin:at]  # some models leave the last mark out
+        body = resume + (self._held[begin:] if at < 0 else self._held[begin:at])  # some models leave the last mark out
         section = self._parse(body)
         if section is not None:
             closing = 0 if at < 0 else len(end)
-            out.append(Calls(section.calls, len(self._take(begin + section.num_chars + closing))))
+            out.append(Calls(section.calls, len(self._take(begin + section.num_chars - len(resume) + closing))))
             self._state = _In.CALLED
             return True
         if at >= 0 and self._format.is_open(body):
@@ -220,14 +223,65 @@ class Splitter:
             return True
         return self._mention(out, begin)
 
+    def _open_call(self, out: list[Piece], begin: int) -> bool:
+        """Whether the text from `begin` on is a call for certain, by a name that was offered: then its arguments go out as they come."""
+        assert self._format is not None
+        if not self._format.streams:
+            return False
+        resume = self._resume if self._state is _In.CALL else ""
+        beginning = resume + self._held[begin : begin + _HEAD]
+        for stream in self._format.streams:
+            match = stream.head.match(beginning)
+            if match is None or match.lastindex is None or match[match.lastindex] not in self._offered:
+                continue
+            name = match[match.lastindex]
+            out.append(CallOpened(name, len(self._take(begin + match.end() - len(resume)))))
+            self._state, self._stream, self._reader, self._num_read = _In.ARGUMENTS, stream, stream.reader(name, self._tools), 0
+            return True
+        return False
+
+    def _argue(self, out: list[Piece], *, final: bool) -> bool:
+        assert self._reader is not None
+        text, used = self._reader.read(self._held[self._num_read :])
+        self._num_read = len(self._held) - used
+        self._take(used)
+        is_over = self._reader.state != "open" or final
+        if is_over:
+            text += self._reader.close()
+            if self._reader.state == "open":
+                used += len(self._take(len(self._held)))
+            self._state = _In.ARGUED
+        if text or used or is_over:
+            out.append(Arguments(text, used, is_over))
+        return is_over
+
+    def _after_arguments(self, out: list[Piece], *, final: bool) -> bool:
+        assert self._stream is not None
+        stream, body = self._stream, self._held.lstrip()
+        blank = len(self._held) - len(body)
+        if any(body.startswith(mark) for mark in stream.more):
+            self._begin_call(next(mark for mark in stream.more if body.startswith(mark)), stream.resume)
+            return True
+        closer = next((closer for closer in (stream.end, *stream.closers) if closer and body.startswith(closer)), None)
+        if closer is not None:
+            out.append(Markup(len(self._take(blank + len(closer)))))
+            if closer == stream.end:
+                self._state = _In.CALLED
+            return True
+        if not final and any(mark.startswith(body) for mark in (stream.end, *stream.closers, *stream.more)):
+            return False
+        self._state = _In.CALLED
+        return True
+
     def _parse(self, body: str) -> Section | None:
         assert self._format is not None
+        start = self._format.start
         section = self._format.parse(body, self._tools)
-        if section is not None or self._format.start not in body:
+        if section is not None or not start or start not in body:
             return section
         # Some models open the next call without closing the one before.
         calls: list[Call] = []
-        for part in body.split(self._format.start):
+        for part in body.split(start):
             section = self._format.parse(part, self._tools)
             if section is None:
                 return None
@@ -249,7 +303,7 @@ class Splitter:
         mark = self._format.start if self._format is not None else ""
         if mark and body.startswith(mark):
             out.append(Markup(len(self._take(len(self._held) - len(body)))))
-            self._state, self._search_from = _In.CALL, 0
+            self._begin_call(mark)
             return True
         if mark and not final and mark.startswith(body):
             return False
@@ -257,20 +311,5 @@ class Splitter:
         return True
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one, so that a section does not fall apart where it was looked at."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        match piece, joined[-1] if joined else None:
-            case Text(text), Text(before):
-                joined[-1] = Text(before + text)
-            case Reasoning(text), Reasoning(before):
-                joined[-1] = Reasoning(before + text)
-            case _:
-                joined.append(piece)
-    return joined
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `mark`."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+def splitter_for(family: Family, *, tools: Sequence[ToolSpec] = (), opened: Tag | None = None) -> Splitter | ChannelSplitter:
+    return ChannelSplitter(tools=tools) if family.channels else Splitter(family, tools=tools, opened=opened)

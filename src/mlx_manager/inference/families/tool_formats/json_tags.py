@@ -3,11 +3,20 @@
 from collections.abc import Sequence
 
 from mlx_manager.core.requests import ToolSpec
-from mlx_manager.inference.families.family import Section
-from mlx_manager.inference.families.tool_formats.json_call import NOT_A_VALUE, calls_in, is_in_string, read_json, read_single_quoted
+from mlx_manager.inference.families.family import ArgumentStream, Section
+from mlx_manager.inference.families.tool_formats.json_arguments import in_record
+from mlx_manager.inference.families.tool_formats.json_call import (
+    NOT_A_VALUE,
+    begin_call,
+    calls_in,
+    is_in_string,
+    read_single_quoted,
+    record_head,
+)
 
 start = "<tool_call>"
 end = "</tool_call>"
+streams = (ArgumentStream(record_head(), in_record, end=end),)
 
 
 def may_begin(text: str) -> bool:
@@ -19,6 +28,9 @@ def is_open(text: str) -> bool:
 
 
 def parse(text: str, tools: Sequence[ToolSpec]) -> Section | None:
-    value = read_json(text)
-    calls = calls_in([read_single_quoted(text) if value is NOT_A_VALUE else value])
+    call, used = begin_call(text, 0)
+    if call and not text[used:].strip():
+        return Section((call,), len(text))
+    value = read_single_quoted(text)
+    calls = None if value is NOT_A_VALUE else calls_in([value])
     return Section(calls, len(text)) if calls else None

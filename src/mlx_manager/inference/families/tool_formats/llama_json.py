@@ -3,12 +3,12 @@ or, as the same models do when a prompt shows it, `<function=name>{…}</functio
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from mlx_manager.core.requests import ToolSpec
-from mlx_manager.inference.families.family import Section
+from mlx_manager.inference.families.family import ArgumentStream, Call, Section
 from mlx_manager.inference.families.tool_formats import pythonic
-from mlx_manager.inference.families.tool_formats.json_call import NOT_A_VALUE, begin_json, calls_in, read_json
+from mlx_manager.inference.families.tool_formats.json_arguments import alone, in_record, read_arguments
+from mlx_manager.inference.families.tool_formats.json_call import BEGUN, begin_call, record_head
 
 start = ""
 end = ""
@@ -17,6 +17,11 @@ _JSON_BEGINNINGS = ('{"name":', '{"type":')
 _FUNCTION = "<function="
 _NEXT_OBJECT = re.compile(r"[\s;,]*(?=\{)")
 _FUNCTION_CALL = re.compile(r"<function=([\w.:-]+)>(.*?)</function>", re.DOTALL)
+_TAGGED = rf"(?:{re.escape(_TAG)}\s*)?"
+streams = (
+    ArgumentStream(record_head(_TAGGED), in_record, more=(";", ",")),
+    ArgumentStream(re.compile(rf"\s*{_TAGGED}<function=([\w.:-]+)>\s*{BEGUN}"), alone, end="</function>"),
+)
 
 
 def may_begin(text: str) -> bool:
@@ -41,26 +46,26 @@ def parse(text: str, tools: Sequence[ToolSpec]) -> Section | None:
 
 
 def _objects(text: str, tools: Sequence[ToolSpec]) -> Section | None:
-    values: list[Any] = []
+    calls: list[Call] = []
     used = 0
     while beginning := _NEXT_OBJECT.match(text, used):
-        value, end_of_value = begin_json(text, beginning.end())
-        if value is NOT_A_VALUE:
+        call, end_of_call = begin_call(text, beginning.end())
+        if call is None:
             break
-        values.append(value)
-        used = end_of_value
-    return _offered(Section(calls, used) if (calls := calls_in(values)) else None, tools)
+        calls.append(call)
+        used = end_of_call
+    return _offered(Section(tuple(calls), used), tools) if calls else None
 
 
 def _function(text: str, tools: Sequence[ToolSpec]) -> Section | None:
     match = _FUNCTION_CALL.match(text.lstrip())
-    if match is None:
+    arguments = None if match is None else read_arguments(match[2])
+    if match is None or arguments is None:
         return None
-    calls = calls_in([{"name": match[1], "arguments": read_json(match[2])}])
-    return _offered(Section(calls, text.find(match[0]) + len(match[0])) if calls else None, tools)
+    return _offered(Section((Call(match[1], arguments),), text.find(match[0]) + len(match[0])), tools)
 
 
-def _offered(section: Section | None, tools: Sequence[ToolSpec]) -> Section | None:
+def _offered(section: Section, tools: Sequence[ToolSpec]) -> Section | None:
     """An object with a name can be an answer in JSON: it is a call only if it names a tool."""
     offered = {tool.name for tool in tools}
-    return section if section and all(call.name in offered for call in section.calls) else None
+    return section if all(call.name in offered for call in section.calls) else None

@@ -11,6 +11,7 @@ from mlx_manager.inference.families.tool_formats.json_call import make_call, rea
 
 start = ""
 end = ""
+streams = ()
 _FENCE = re.compile(r"^```(?:tool_code|python)?\s*\n(.*?)\n?```$", re.DOTALL)
 _OPENING = re.compile(r"\s*\[?\s*([A-Za-z_][\w.]*\s*(\(|\Z)|\Z)")
 _OPENING_FENCES = ("```tool_code\n", "```python\n", "```\n")
@@ -56,4 +57,12 @@ def _call(node: ast.expr | None, offered: set[str]) -> Call | None:
         return None
     if any(keyword.arg is None for keyword in node.keywords):  # **something
         return None
-    return make_call(name, {keyword.arg: read_literal(keyword.value) for keyword in node.keywords})
+    return make_call(name, {keyword.arg: read_literal(_JsonWords().visit(keyword.value)) for keyword in node.keywords})
+
+
+class _JsonWords(ast.NodeTransformer):
+    """Templates show lists and objects as JSON, and models mix the two."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        words = {"true": True, "false": False, "null": None}
+        return ast.copy_location(ast.Constant(words[node.id]), node) if node.id in words else node

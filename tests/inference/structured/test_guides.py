@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -25,8 +26,10 @@ from mlx_manager.core.requests import (
     ToolChoice,
     ToolSpec,
 )
-from mlx_manager.inference.dialect import Prepared
+from mlx_manager.inference.dialect import Dialect, Prepared
 from mlx_manager.inference.engine.sequence import Constraint, Token
+from mlx_manager.inference.families.family import Family
+from mlx_manager.inference.families.tool_formats import braced, marked, marked_pythonic, tagged
 from tests.inference.fixture_models import FAMILIES, dialect
 
 WEATHER = ToolSpec(
@@ -47,7 +50,7 @@ WEATHER = ToolSpec(
 )
 NOW = ToolSpec("now")
 HI = (Message("user", "Hi"),)
-MAX_TOKENS = 600
+MAX_TOKENS = 5000
 FREE = ToolChoice()
 AS_IT_LIKES = Reasoning()
 
@@ -79,9 +82,10 @@ def allowed(family: str, constraint: Constraint) -> list[int]:
     return np.nonzero(np.unpackbits(np.frombuffer(mask, np.uint8), count=size, bitorder="little"))[0].tolist()
 
 
-def reply(family: str, ready: Prepared, seed: int, *, begin: str = "") -> tuple[str, list[Event]]:
+def reply(family: str, ready: Prepared, seed: int, *, begin: str = "", spoken: Dialect | None = None) -> tuple[str, list[Event]]:
     """What a model that draws evenly among the tokens it may write comes to say, after `begin` if it may."""
-    spoken, constraint, reader = dialect(family), constraint_of(ready), dialect(family).reader(ready, 0)
+    spoken = spoken or dialect(family)
+    constraint, reader = constraint_of(ready), spoken.reader(ready, 0)
     draw = random.Random(seed)
     wanted: list[int] = spoken.tokenizer.encode(begin, add_special_tokens=False) if begin else []
     tokens: list[int] = []
@@ -92,7 +96,7 @@ def reply(family: str, ready: Prepared, seed: int, *, begin: str = "") -> tuple[
         if wanted:
             token = wanted.pop(0)
             assert token in may, (spoken.decode([token]), spoken.decode(tokens))
-        elif set(may) & spoken.stop_tokens and (draw.random() < 0.3 or set(may) <= spoken.stop_tokens):
+        elif set(may) & spoken.stop_tokens and (draw.random() < 0.6 or set(may) <= spoken.stop_tokens):
             break
         else:
             token = draw.choice([t for t in may if t not in spoken.stop_tokens])
@@ -184,6 +188,71 @@ def test_no_call_is_opened_where_none_may_be(family: str) -> None:
     ready = prepared(family, tools=(WEATHER,), choice=ToolChoice("none"), reasoning=NO_REASONING)
     (opening,) = dialect(family).tokenizer.encode(BEGINNINGS[family], add_special_tokens=False)
     assert opening not in allowed(family, constraint_of(ready))
+
+
+SPELLINGS = {
+    "qwen3-coder": Family("", frozenset(), tool_format=tagged.FUNCTION_TAGS),
+    "minimax": Family("", frozenset(), tool_format=tagged.MINIMAX),
+    "deepseek v3.2": Family("", frozenset(), tool_format=tagged.DSML),
+    "longcat": Family("", frozenset(), tool_format=tagged.LONGCAT),
+    "deepseek v3.1": Family("", frozenset(), tool_format=marked.DEEPSEEK),
+    "kimi": Family("", frozenset(), tool_format=marked.KIMI),
+    "lfm": Family("", frozenset(), tool_format=marked_pythonic),
+    "gemma 4": Family("", frozenset(), tool_format=braced.GEMMA4),
+    "functiongemma": Family("", frozenset(), tool_format=braced.FUNCTION_GEMMA),
+    "gpt-oss": Family("", frozenset(), channels=True, reasoning_tags=()),
+}
+NESTED = ToolSpec(
+    "plan",
+    None,
+    {
+        "type": "object",
+        "properties": {
+            "stops": {"type": "array", "items": {"type": "string", "maxLength": 4}, "minItems": 1, "maxItems": 3},
+            "at": {"type": "object", "properties": {"x": {"type": "number", "minimum": 0, "maximum": 9}}, "required": ["x"]},
+        },
+        "required": ["stops"],
+        "additionalProperties": False,
+    },
+)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("seed", range(6))
+def test_every_spelling_of_a_call_that_is_enforced_is_one_that_is_read(spelling: str, seed: int) -> None:
+    """By the tokens of another model: marks are plain text to it, which is the harder case."""
+    spoken = replace(dialect("qwen3"), family=SPELLINGS[spelling])
+    tools = (WEATHER, NOW) if spelling in ("lfm",) else (WEATHER, NOW, NESTED)
+    conversation = Conversation(HI, tools=tools, tool_choice=ToolChoice("required"), reasoning=NO_REASONING)
+    ready = spoken.prepare(GenerationRequest("m", (conversation,), parallel_tool_calls=seed % 2 == 0))
+    written, events = reply("qwen3", ready, seed, spoken=spoken)
+    assert calls(events), written
+    for name, arguments in calls(events):
+        (tool,) = (t for t in tools if t.name == name)
+        jsonschema.validate(arguments, dict(tool.parameters))
+    assert not text(events).strip()
+    assert seed % 2 == 0 or len(calls(events)) == 1
+
+
+@pytest.mark.parametrize("budget", [None, 3])
+def test_a_model_that_writes_on_channels_thinks_first_and_answers_in_its_form(budget: int | None) -> None:
+    spoken = replace(dialect("qwen3"), family=SPELLINGS["gpt-oss"])
+    request = GenerationRequest(
+        "m", (Conversation(HI, reasoning=Reasoning(enabled=True, budget=budget)),), output=JsonSchema(ANSWER_SCHEMA)
+    )
+    thought = "I think so." if budget is None else ""
+    begin = f"<|channel|>analysis<|message|>{thought}" + ("<|end|>" if thought else "")
+    _, events = reply("qwen3", spoken.prepare(request), 2, begin=begin, spoken=spoken)
+    jsonschema.validate(json.loads(text(events)), ANSWER_SCHEMA)
+    assert reasoning(events) == thought if thought else reasoning(events)
+
+
+def test_a_model_that_writes_on_channels_need_not_think() -> None:
+    spoken = replace(dialect("qwen3"), family=SPELLINGS["gpt-oss"])
+    request = GenerationRequest("m", (Conversation(HI, reasoning=NO_REASONING),), output=OneOf(("yes", "no")))
+    written, events = reply("qwen3", spoken.prepare(request), 2, spoken=spoken)
+    assert text(events) in ("yes", "no")
+    assert written.startswith("<|channel|>final<|message|>")
 
 
 def test_tools_are_shown_to_the_model_whether_it_may_call_or_not() -> None:

@@ -1,12 +1,15 @@
-"""Tool calls as grammars, in each format's own spelling. `Format.call` is one call; `Format.rest` what follows the mark that opens one."""
+"""Tool calls as grammars, in each format's own spelling: the other direction of `families.tool_formats`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from mlx_manager.core.requests import ToolSpec
-from mlx_manager.inference.families.family import ToolFormat
-from mlx_manager.inference.families.tool_formats import arg_tags, json_tags, llama_json, mistral, pythonic
+from mlx_manager.inference.families.family import Family
+from mlx_manager.inference.families.tool_formats import json_tags, llama_json, marked_pythonic, mistral, pythonic
+from mlx_manager.inference.families.tool_formats.braced import FUNCTION_GEMMA, GEMMA4, BracedCalls
+from mlx_manager.inference.families.tool_formats.marked import DEEPSEEK, KIMI
+from mlx_manager.inference.families.tool_formats.tagged import ARG_TAGS, DSML, FUNCTION_TAGS, LONGCAT, MINIMAX
 from mlx_manager.inference.structured.compiler import json_rule, literal
 
 MarkOf = Callable[[str], str]
@@ -14,14 +17,14 @@ MarkOf = Callable[[str], str]
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """Rules in Lark's notation. `section` is a rule for one section of calls with its marks, `rest` for what follows `opening` in it;
-    `opening` is "" where calls have no mark. `separator` stands between sections; None: there is but one."""
+    """Rules in Lark's notation. `section` is one section of calls with its marks, `rest` what follows `opening` in it; `opening` is ""
+    where calls have no mark. `separator` stands between sections; None: there is but one."""
 
     rules: tuple[str, ...]
+    opening: str
     section: str
     rest: str
-    opening: str
-    separator: str | None
+    separator: str | None = None
 
     def required(self, *, once: bool) -> str:
         """A reply that is calls and nothing else."""
@@ -41,64 +44,169 @@ class CallGrammar:
         return "\n".join((*first, *self.rules))
 
 
-def call_grammar(tool_format: ToolFormat, tools: Sequence[ToolSpec], mark: MarkOf, vocabulary: Mapping[str, int]) -> CallGrammar | None:
-    """The calls of these tools (one at least), or None for a format that cannot be told as a grammar yet."""
-    if tool_format is json_tags:
-        return _json_tags(tools, mark)
-    if tool_format is llama_json:
-        return _llama_json(tools)
-    if tool_format is mistral:
-        return _mistral(tools, mark, named="[ARGS]" in vocabulary)
-    if tool_format is arg_tags:
-        return _arg_tags(tools, mark)
-    if tool_format is pythonic:
-        return _pythonic(tools)
-    return None
+def call_grammar(
+    family: Family, tools: Sequence[ToolSpec], mark: MarkOf, *, template: str, vocabulary: Mapping[str, int], once: bool
+) -> CallGrammar | None:
+    """The calls of these tools (one at least), or None for a family whose calls cannot be told as a grammar. `mark` spells a text of the
+    model's own; `once`: one call at most."""
+    if family.channels:
+        return _channels(tools, mark)
+    match family.tool_format:
+        case _ if family.tool_format is json_tags:
+            rest = f'"\\n" call "\\n" {mark(json_tags.end)}'
+            return _sections(json_tags.start, rest, _objects(tools, "arguments"), mark, "\n")
+        case _ if family.tool_format is llama_json:
+            return CallGrammar(_objects(tools, "parameters"), "", "call", "call", "; ")
+        case _ if family.tool_format is mistral and "[ARGS]" in vocabulary:
+            return _sections(mistral.start, "call", _each(tools, lambda tool: f"{literal(tool.name)} {mark('[ARGS]')}"), mark, "")
+        case _ if family.tool_format is mistral:
+            more = "" if once else ' (", " call)*'
+            return _sections(mistral.start, f'" "? "[" call{more} "]"', _objects(tools, "arguments"), mark)
+        case _ if family.tool_format is pythonic:
+            section = _python_list(once=once)
+            return CallGrammar(_python_calls(tools), "", section, section)
+        case _ if family.tool_format is marked_pythonic:
+            return _sections(marked_pythonic.start, f"{_python_list(once=once)} {mark(marked_pythonic.end)}", _python_calls(tools), mark)
+        case _ if family.tool_format is DEEPSEEK:
+            return _deepseek(tools, mark, in_fences="```json" in template, once=once)
+        case _ if family.tool_format is KIMI:
+            begin = mark("<|tool_call_argument_begin|>")
+            rules = _each(tools, lambda tool: f"{literal(f'functions.{tool.name}:')} /[0-9]{{1,3}}/ {begin}")
+            call = f"{mark('<|tool_call_begin|>')} call {mark('<|tool_call_end|>')}"
+            return _sections(KIMI.start, f"{call}{'' if once else f' ({call})*'} {mark(KIMI.end)}", rules, mark)
+        case BracedCalls() as braced if braced in (GEMMA4, FUNCTION_GEMMA):
+            quote = '<|"|>' if braced is GEMMA4 else "<escape>"
+            return _sections(braced.start, f"call {mark(braced.end)}", _braced_calls(tools, mark(quote)), mark, "")
+        case _:
+            tagged = next((s for s in _TAGGED if s.its is family.tool_format), None)
+            return None if tagged is None else tagged.grammar(tools, mark)
 
 
-def _json_tags(tools: Sequence[ToolSpec], mark: MarkOf) -> CallGrammar:
-    rest = f'"\\n" call "\\n" {mark(json_tags.end)}'
-    return CallGrammar(
-        rules=_objects(tools, "arguments"), section=f"{mark(json_tags.start)} {rest}", rest=rest, opening=json_tags.start, separator="\n"
-    )
+def _sections(opening: str, rest: str, rules: tuple[str, ...], mark: MarkOf, separator: str | None = None) -> CallGrammar:
+    return CallGrammar(rules, opening, f"{mark(opening)} {rest}", rest, separator)
 
 
-def _llama_json(tools: Sequence[ToolSpec]) -> CallGrammar:
-    return CallGrammar(rules=_objects(tools, "parameters"), section="call", rest="call", opening="", separator="; ")
+# ---- arguments as JSON
 
 
-def _mistral(tools: Sequence[ToolSpec], mark: MarkOf, *, named: bool) -> CallGrammar:
-    if named:
-        rules = [f"call: {_alternatives(len(tools))}"]
-        for i, tool in enumerate(tools):
-            rules += [f"call{i}: {literal(tool.name)} {mark('[ARGS]')} args{i}", f"args{i}: {_arguments(tool)}"]
-        return CallGrammar(tuple(rules), f"{mark(mistral.start)} call", "call", mistral.start, "")
-    rest = '" "? "[" call (", " call)* "]"'
-    return CallGrammar(_objects(tools, "arguments"), f"{mark(mistral.start)} {rest}", rest, mistral.start, None)
+def _each(tools: Sequence[ToolSpec], head: Callable[[ToolSpec], str], tail: str = "") -> tuple[str, ...]:
+    """`call`: for each tool what leads to its arguments, the arguments as JSON, and what follows them."""
+    rules = [f"call: {_alternatives(len(tools))}"]
+    for i, tool in enumerate(tools):
+        rules += [f"call{i}: {head(tool)} args{i} {tail}", f"args{i}: {_arguments(tool)}"]
+    return tuple(rules)
 
 
 def _objects(tools: Sequence[ToolSpec], arguments: str) -> tuple[str, ...]:
     """`call`: `{"name": …, "arguments": {…}}` of any of the tools."""
-    rules = [f"call: {_alternatives(len(tools))}"]
-    for i, tool in enumerate(tools):
-        head = literal(f'{{"name": {literal(tool.name)}, {literal(arguments)}: ')
-        rules += [f'call{i}: {head} args{i} "}}"', f"args{i}: {_arguments(tool)}"]
-    return tuple(rules)
+    return _each(tools, lambda tool: literal(f'{{"name": {literal(tool.name)}, {literal(arguments)}: '), '"}"')
 
 
-def _arg_tags(tools: Sequence[ToolSpec], mark: MarkOf) -> CallGrammar:
-    rules = [f"call: {_alternatives(len(tools))}"]
-    key, key_end, value, value_end = (mark(m) for m in ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"))
-    any_character = "(.|\\n)" if value_end.startswith("<[") else "[^<]"  # no text matches a special token
-    for i, tool in enumerate(tools):
-        pairs: list[str] = []
-        for j, (name, schema, is_required) in enumerate(_properties(tool)):
-            rules.append(f"value{i}_{j}: {_bare(schema, any_character) or json_rule(schema, strict=tool.strict)}")
-            pair = f'{key} {literal(name)} {key_end} "\\n" {value} value{i}_{j} {value_end} "\\n"'
-            pairs.append(pair if is_required else f"({pair})?")
-        rules.append(f'call{i}: {literal(tool.name)} "\\n" {" ".join(pairs)}')
-    rest = f"call {mark(arg_tags.end)}"
-    return CallGrammar(tuple(rules), f"{mark(arg_tags.start)} {rest}", rest, arg_tags.start, "\n")
+def _deepseek(tools: Sequence[ToolSpec], mark: MarkOf, *, in_fences: bool, once: bool) -> CallGrammar:
+    separator = mark("<｜tool▁sep｜>")
+    if in_fences:
+        rules = _each(tools, lambda tool: f'"function" {separator} {literal(tool.name)} "\\n```json\\n"', '"\\n```"')
+    else:
+        rules = _each(tools, lambda tool: f"{literal(tool.name)} {separator}")
+    call = f"{mark('<｜tool▁call▁begin｜>')} call {mark('<｜tool▁call▁end｜>')}"
+    more = "" if once else f' ("\\n"? {call})*'
+    return _sections(DEEPSEEK.start, f"{call}{more} {mark(DEEPSEEK.end)}", rules, mark)
+
+
+def _channels(tools: Sequence[ToolSpec], mark: MarkOf) -> CallGrammar:
+    """A message on the channel for calls; what ends it ends the reply."""
+    head = f'{mark("<|channel|>")} "commentary to=functions."'
+    rules = _each(tools, lambda tool: f'{literal(tool.name)} " " {mark("<|constrain|>")} "json" {mark("<|message|>")}')
+    return CallGrammar(rules, "", f"{head} call", f"{head} call")
+
+
+def _arguments(tool: ToolSpec) -> str:
+    schema = dict(tool.parameters) or {"type": "object", "properties": {}, "additionalProperties": False}
+    return json_rule({"type": "object", **schema}, strict=tool.strict)
+
+
+# ---- arguments between tags
+
+
+@dataclass(frozen=True, slots=True)
+class _Tagged:
+    """How `its` format is written: before a call's parameters ({name}), around each key ({key}; {is_text} where it has to say so), and
+    after the last. A text in `marks` is the model's own. `separator` stands between sections."""
+
+    its: object
+    head: str
+    key: str
+    value_end: str
+    tail: str
+    marks: tuple[str, ...]
+    separator: str = "\n"
+
+    def grammar(self, tools: Sequence[ToolSpec], mark: MarkOf) -> CallGrammar:
+        its: Any = self.its
+        end = next((m for m in self.marks if m in self.value_end), "")
+        # No text matches a special token; where the end of a value is plain text, its first character ends it.
+        any_character = "(.|\\n)" if end and mark(end).startswith("<[") else f"[^{self.value_end.strip()[0]}]"
+        rules = [f"call: {_alternatives(len(tools))}"]
+        for i, tool in enumerate(tools):
+            pairs: list[str] = []
+            for j, (name, schema, is_required) in enumerate(_properties(tool)):
+                bare = _bare(schema, any_character)
+                rules.append(f"value{i}_{j}: {bare or json_rule(schema, strict=tool.strict)}")
+                key = self.key.format(key=name, is_text="false" if bare is None else "true")
+                pair = f"{self._spelt(key, mark)} value{i}_{j} {self._spelt(self.value_end, mark)}"
+                pairs.append(pair if is_required else f"({pair})?")
+            rules.append(f"call{i}: {self._spelt(self.head.format(name=tool.name), mark)} {' '.join(pairs)}")
+        return _sections(its.start, f"call {self._spelt(self.tail, mark)}", tuple(rules), mark, self.separator)
+
+    def _spelt(self, text: str, mark: MarkOf) -> str:
+        """Text with marks in it, as a grammar has it."""
+        for found in self.marks:
+            before, is_there, after = text.partition(found)
+            if is_there:
+                return " ".join(part for part in (self._spelt(before, mark), mark(found), self._spelt(after, mark)) if part)
+        return literal(text) if text else ""
+
+
+def _arg_tags(its: Any, prefix: str) -> _Tagged:
+    key, value = f"{prefix}arg_key>", f"{prefix}arg_value>"
+    return _Tagged(
+        its,
+        head="{name}\n",
+        key=f"<{key}{{key}}</{key}\n<{value}",
+        value_end=f"</{value}\n",
+        tail=its.end,
+        marks=(f"<{key}", f"</{key}", f"<{value}", f"</{value}", its.end),
+    )
+
+
+_TAGGED = (
+    _arg_tags(ARG_TAGS, ""),
+    _arg_tags(LONGCAT, "longcat_"),
+    _Tagged(
+        FUNCTION_TAGS,
+        head="\n<function={name}>\n",
+        key="<parameter={key}>\n",
+        value_end="\n</parameter>\n",
+        tail=f"</function>\n{FUNCTION_TAGS.end}",
+        marks=(FUNCTION_TAGS.end,),
+    ),
+    _Tagged(
+        MINIMAX,
+        head='\n<invoke name="{name}">\n',
+        key='<parameter name="{key}">',
+        value_end="</parameter>\n",
+        tail=f"</invoke>\n{MINIMAX.end}",
+        marks=(MINIMAX.end,),
+    ),
+    _Tagged(
+        DSML,
+        head='\n<｜DSML｜invoke name="{name}">\n',
+        key='<｜DSML｜parameter name="{key}" string="{is_text}">',
+        value_end="</｜DSML｜parameter>\n",
+        tail=f"</｜DSML｜invoke>\n{DSML.end}",
+        marks=("｜DSML｜",),
+    ),
+)
 
 
 def _bare(schema: Mapping[str, Any], any_character: str) -> str | None:
@@ -115,43 +223,75 @@ def _bare(schema: Mapping[str, Any], any_character: str) -> str | None:
 _BARE_KEYWORDS = frozenset({"type", "title", "description", "default", "examples", "minLength", "maxLength"})
 
 
-def _pythonic(tools: Sequence[ToolSpec]) -> CallGrammar:
+# ---- arguments as Python writes them, and in braces
+
+
+def _python_list(*, once: bool) -> str:
+    return '"[" call "]"' if once else '"[" call (", " call)* "]"'
+
+
+def _python_calls(tools: Sequence[ToolSpec]) -> tuple[str, ...]:
     rules = [f"call: {_alternatives(len(tools))}"]
     for i, tool in enumerate(tools):
         properties = _properties(tool)
         for j, (name, schema, _) in enumerate(properties):
             value = '"True" | "False"' if schema.get("type") == "boolean" else json_rule(schema, strict=tool.strict)
             rules += [f"arg{i}_{j}: {literal(name + '=')} value{i}_{j}", f"value{i}_{j}: {value}"]
-        given = _in_order([f"arg{i}_{j}" for j in range(len(properties))], [required for _, _, required in properties])
+        given = _in_order([f"arg{i}_{j}" for j in range(len(properties))], [required for _, _, required in properties], ", ")
         rules.append(f'call{i}: {literal(tool.name + "(")} ({given}) ")"')
-    section = '"[" call (", " call)* "]"'
-    return CallGrammar(tuple(rules), section, section, "", None)
+    return tuple(rules)
 
 
-def _in_order(names: Sequence[str], required: Sequence[bool]) -> str:
+def _braced_calls(tools: Sequence[ToolSpec], quote: str) -> tuple[str, ...]:
+    any_character = "(.|\\n)" if quote.startswith("<[") else "[^<]"
+    rules = [f"call: {_alternatives(len(tools))}"]
+    for i, tool in enumerate(tools):
+        arguments = _braced({"type": "object", **tool.parameters}, quote, any_character, tool.strict)
+        rules.append(f"call{i}: {literal('call:' + tool.name)} {arguments}")
+    return tuple(rules)
+
+
+def _braced(schema: Mapping[str, Any], quote: str, any_character: str, strict: bool) -> str:
+    """A value: bare keys, and text in quotation marks of the model's own."""
+    bare = _bare(schema, any_character)
+    if bare is not None:
+        return f"{quote} ({bare}) {quote}"
+    items: object = schema.get("items")
+    if schema.get("type") == "array" and isinstance(items, Mapping):
+        item = _braced(cast(Mapping[str, Any], items), quote, any_character, strict)
+        longest = schema.get("maxItems")
+        more = f'("," {item}){{0,{"" if longest is None else max(0, longest - 1)}}}'
+        return f'"[" ({item} {more}) "]"' if schema.get("minItems") else f'"[" ({item} {more})? "]"'
+    if schema.get("type") == "object":
+        properties = _members(schema)
+        pairs = [f"{literal(name + ':')} {_braced(inner, quote, any_character, strict)}" for name, inner, _ in properties]
+        return f'"{{" ({_in_order(pairs, [required for _, _, required in properties], ",")}) "}}"'
+    return json_rule(schema, strict=strict)  # numbers and the like are written as in JSON
+
+
+def _in_order(names: Sequence[str], required: Sequence[bool], comma: str) -> str:
     """`names` in this order with commas between, those that are not required there or not."""
     if not names:
         return '""'
-    tail = "".join(f' ", " {n}' if r else f' (", " {n})?' for n, r in zip(names[1:], required[1:], strict=True))
+    tail = "".join(f" {literal(comma)} {n}" if r else f" ({literal(comma)} {n})?" for n, r in zip(names[1:], required[1:], strict=True))
     here = f"{names[0]}{tail}"
-    return here if required[0] else f"{here} | {_in_order(names[1:], required[1:])}"
+    return here if required[0] else f"{here} | {_in_order(names[1:], required[1:], comma)}"
 
 
 def _alternatives(count: int) -> str:
     return " | ".join(f"call{i}" for i in range(count))
 
 
-def _arguments(tool: ToolSpec) -> str:
-    schema = dict(tool.parameters) or {"type": "object", "properties": {}, "additionalProperties": False}
-    return json_rule({"type": "object", **schema}, strict=tool.strict)
-
-
 def _properties(tool: ToolSpec) -> list[tuple[str, Mapping[str, Any], bool]]:
-    """Name, schema and whether it must be given, of each parameter."""
-    properties: object = tool.parameters.get("properties")
-    required: object = tool.parameters.get("required")
+    return _members(tool.parameters)
+
+
+def _members(schema: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], bool]]:
+    """Name, schema and whether it must be given, of each property."""
+    properties: object = schema.get("properties")
+    required: object = schema.get("required")
     needed = set(cast(list[str], required)) if isinstance(required, list) else set[str]()
     if not isinstance(properties, Mapping):
         return []
     entries = cast(Mapping[str, object], properties).items()
-    return [(name, cast(Mapping[str, Any], schema) if isinstance(schema, Mapping) else {}, name in needed) for name, schema in entries]
+    return [(name, cast(Mapping[str, Any], inner) if isinstance(inner, Mapping) else {}, name in needed) for name, inner in entries]

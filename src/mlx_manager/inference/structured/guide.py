@@ -30,13 +30,23 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """How reasoning is marked here. `is_open`: the prompt has begun it; `may_open`: the reply may. `budget` in tokens."""
+    """How reasoning is marked here. `is_open`: the prompt has begun it; `may_open`: the reply may, and `must_open` if an answer is to
+    have a form. `budget` in tokens."""
 
     open: Mark
     close: Mark
     is_open: bool
     may_open: bool
     budget: int | None
+    must_open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """Tokens that come before an answer that a grammar rules: at the beginning of a reply, and after its reasoning."""
+
+    at_first: tuple[int, ...] = ()
+    after_reasoning: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,9 @@ class Calls:
     mark: Mark
     rest: LLMatcher
     once: bool
+
+
+_NO_LEAD = Lead()
 
 
 class _In(Enum):
@@ -69,6 +82,7 @@ class Guide:
         thought: Thought | None = None,
         answer: LLMatcher | None = None,
         calls: Calls | None = None,
+        lead: Lead = _NO_LEAD,
         leading: frozenset[int] = frozenset(),
         banned: frozenset[int] = frozenset(),
     ) -> None:
@@ -78,6 +92,7 @@ class Guide:
         self._thought = thought
         self._answer = answer
         self._calls = calls
+        self._lead = lead
         self._leading = leading
         self._banned = banned
         self._at = _In.REASONING if thought is not None and thought.is_open else _In.BEGINNING
@@ -85,10 +100,16 @@ class Guide:
         self._forced: list[int] = []
         self._after_forced = _In.ANSWER
         self._num_reasoning = 0
+        self._has_reasoned = self._at is _In.REASONING  # and has not answered yet
         self._num_leading = _MAX_LEADING  # nothing may stand before an answer without reasoning
         self._has_begun = False  # the answer
         self._call: LLMatcher | None = None
         self._close_if_spent()
+        if self._at is _In.BEGINNING and answer is not None:
+            if thought is not None and thought.must_open:
+                self._force(thought.open.tokens, _In.REASONING)
+            elif lead.at_first:
+                self._force(lead.at_first, _In.ANSWER)
 
     def copy(self) -> "Guide":
         """For another reply to the same prompt; neither has begun."""
@@ -99,6 +120,7 @@ class Guide:
             thought=self._thought,
             answer=None if self._answer is None else self._answer.deep_copy(),
             calls=self._calls,
+            lead=self._lead,
             leading=self._leading,
             banned=self._banned,
         )
@@ -197,8 +219,13 @@ class Guide:
         return True
 
     def _enter(self, stage: _In) -> None:
-        if stage is _In.ANSWER and self._at in (_In.REASONING, _In.FORCED):
+        if stage is _In.ANSWER and self._has_reasoned:
             self._num_leading = 0
+            lead, self._has_reasoned = self._lead.after_reasoning, False
+            if lead and self._answer is not None:
+                self._force(lead, _In.ANSWER)
+                return
+        self._has_reasoned = self._has_reasoned or stage is _In.REASONING
         self._at, self._tail = stage, []
         if stage is _In.CALL and self._calls is not None:
             self._call = self._calls.rest.deep_copy()

@@ -10,11 +10,13 @@ from mlx_manager.core.requests import Conversation, Effort, GenerationRequest, P
 from mlx_manager.inference.families.family import Family, Tag
 from mlx_manager.inference.structured.calls import CallGrammar, call_grammar
 from mlx_manager.inference.structured.compiler import Compiler, grammar_of, json_grammar
-from mlx_manager.inference.structured.guide import Calls, Guide, Mark, Thought
+from mlx_manager.inference.structured.guide import Calls, Guide, Lead, Mark, Thought
 
 # Tokens of reasoning that an effort allows where the template has no levels of its own; None: as many as it likes.
 _BUDGETS: Mapping[Effort, int | None] = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 24576, "xhigh": None, "max": None}
 _NEWLINES = ("\n", "\n\n")
+# What a message on a channel begins with, after its author.
+_ANSWER_LEAD, _CALL_LEAD = "<|channel|>final<|message|>", ""
 
 
 class Guides:
@@ -30,7 +32,10 @@ class Guides:
 
     def guide(self, request: GenerationRequest, prompt: Prompt, tokens: Sequence[int], opened: Tag | None) -> Guide | None:
         """What holds a reply to `prompt`, rendered as `tokens`, to its form; None if it is free. Raises `InvalidField`."""
-        answer = None if request.output is None else self._compiler.compile(grammar_of(request.output), request.output_field)
+        answer, lead = None, Lead()
+        if request.output is not None:
+            answer = self._compiler.compile(grammar_of(request.output), request.output_field)
+            lead = self._lead(_ANSWER_LEAD) if isinstance(prompt, Conversation) else lead
         calls: Calls | None = None
         banned: frozenset[int] = frozenset()
         thought: Thought | None = None
@@ -39,7 +44,8 @@ class Guides:
             once = not request.parallel_tool_calls
             choice, tools = prompt.tool_choice, callable_tools(prompt)
             if choice.mode == "required":
-                answer = self._compile_calls(self._grammar(tools).required(once=once), tools)
+                answer = self._compile_calls(self._grammar(tools, once=once).required(once=once), tools)
+                lead = self._lead(_CALL_LEAD)
             elif choice.mode == "none" and prompt.tools:
                 banned = self._openings()
             elif tools and (choice.names is not None or any(tool.strict for tool in tools) or answer is not None):
@@ -53,7 +59,8 @@ class Guides:
             thought=thought,
             answer=answer,
             calls=calls,
-            leading=frozenset(self._token_of(text) for text in _NEWLINES) - {None},  # type: ignore[arg-type]
+            lead=lead,
+            leading=frozenset() if self._family.channels else frozenset(t for text in _NEWLINES if (t := self._token_of(text)) is not None),
             banned=banned,
         )
 
@@ -62,10 +69,10 @@ class Guides:
     ) -> tuple[LLMatcher | None, Calls | None]:
         """Where the model decides whether to call. `must`: a call has to be held to its tools' schemas; otherwise only an `answer` with
         a form has to leave room for one."""
-        grammar = self._call_grammar(tools)
-        if grammar is None:
+        grammar = self._call_grammar(tools, once=once)
+        if self._family.channels or grammar is None:
             if must:
-                self._grammar(tools)
+                raise _unenforceable()
             return answer, None
         if grammar.opening:
             rest = self._compile_calls(grammar.after_opening(), tools)
@@ -85,6 +92,8 @@ class Guides:
 
     def _thought(self, wanted: Reasoning, tokens: Sequence[int], opened: Tag | None) -> Thought | None:
         family = self._family
+        if family.channels:
+            return self._thought_on_channel(wanted)
         template: str = self._tokenizer.chat_template or ""
         tag = opened or next((t for t in family.reasoning_tags if t.open in template), None)
         if tag is None or not family.thinks:
@@ -101,20 +110,28 @@ class Guides:
             return None
         return Thought(self._mark(tag.open), self._mark(tag.close), is_open=opened is not None, may_open=may_open, budget=budget)
 
-    def _grammar(self, tools: Sequence[ToolSpec]) -> CallGrammar:
-        grammar = self._call_grammar(tools)
+    def _thought_on_channel(self, wanted: Reasoning) -> Thought:
+        head, end = "<|channel|>analysis<|message|>", "<|end|>"
+        opening, closing = Mark(head, self._spelt(head)), Mark(end, self._spelt(end))
+        thinks = wanted.wants_thinking is not False
+        return Thought(opening, closing, is_open=False, may_open=thinks, budget=wanted.budget, must_open=thinks)
+
+    def _grammar(self, tools: Sequence[ToolSpec], *, once: bool) -> CallGrammar:
+        grammar = self._call_grammar(tools, once=once)
         if grammar is None:
-            raise InvalidField(
-                "Calls of this model cannot be enforced: leave 'tool_choice' at 'auto' and 'strict' at false.",
-                param="tool_choice",
-                code="unsupported_value",
-            )
+            raise _unenforceable()
         return grammar
 
-    def _call_grammar(self, tools: Sequence[ToolSpec]) -> CallGrammar | None:
-        if self._family.tool_format is None:
-            return None
-        return call_grammar(self._family.tool_format, tools, self._compiler.mark, self._tokenizer.get_vocab())
+    def _call_grammar(self, tools: Sequence[ToolSpec], *, once: bool) -> CallGrammar | None:
+        template = self._tokenizer.chat_template or ""
+        vocabulary = self._tokenizer.get_vocab()
+        return call_grammar(self._family, tools, self._compiler.mark, template=template, vocabulary=vocabulary, once=once)
+
+    def _lead(self, after_start: str) -> Lead:
+        """Of a family that writes messages on channels: the head of the message that answers."""
+        if not self._family.channels:
+            return Lead()
+        return Lead(self._spelt(after_start), self._spelt(f"<|start|>assistant{after_start}"))
 
     def _openings(self) -> frozenset[int]:
         """Tokens that open a call. Where none does, text that looks like a call is passed on as text."""
@@ -123,12 +140,22 @@ class Guides:
         return frozenset() if token is None else frozenset({token})
 
     def _mark(self, text: str) -> Mark:
-        token = self._token_of(text)
-        return Mark(text, (token,) if token is not None else tuple(self._tokenizer.encode(text, add_special_tokens=False)))
+        return Mark(text, self._spelt(text))
+
+    def _spelt(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _token_of(self, text: str) -> int | None:
         tokens = self._tokenizer.encode(text, add_special_tokens=False)
         return tokens[0] if len(tokens) == 1 else None
+
+
+def _unenforceable() -> InvalidField:
+    return InvalidField(
+        "Calls of this model cannot be enforced: leave 'tool_choice' at 'auto' and 'strict' at false.",
+        param="tool_choice",
+        code="unsupported_value",
+    )
 
 
 def callable_tools(prompt: Prompt) -> tuple[ToolSpec, ...]:

@@ -373,6 +373,48 @@ def test_what_cannot_be_enforced_is_refused_with_its_reason(output: OutputFormat
     assert "\n" not in refused.value.message
 
 
+TOO_LARGE: dict[str, OutputFormat] = {
+    "nested repetition": Regex("(a{1000}){1000}"),
+    "optional repetition": Regex("(a?){5000}a{5000}"),
+    "many properties": JsonSchema({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(5000)}}),
+    "many words": Grammar("start: " + " | ".join(f'"{i} word"' for i in range(4000))),
+    "a cycle": JsonSchema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_what_proves_too_large_only_with_its_first_tokens_is_refused_before_them(name: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        prepared("qwen3", output=TOO_LARGE[name])
+    assert refused.value.param == "response_format"
+    assert "<state>" not in refused.value.message
+
+
+def branch(kind: str) -> dict[str, Any]:
+    properties = {"kind": {"const": kind}, "size": {"type": "integer", "minimum": 0, "maximum": 9}}
+    return {"type": "object", "properties": properties, "required": ["kind", "size"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [[branch("cat"), branch("dog")], [{"type": "null"}, {"type": "string", "maxLength": 3}], [branch("cat"), {"type": "boolean"}]],
+)
+def test_one_of_branches_that_exclude_each_other_is_enforced(branches: list[dict[str, Any]]) -> None:
+    for seed in range(4):
+        _, events = reply("qwen3", prepared("qwen3", output=JsonSchema({"oneOf": branches}), reasoning=NO_REASONING), seed)
+        jsonschema.validate(json.loads(text(events)), {"oneOf": branches})
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [[{"type": "integer"}, {"type": "number"}], [branch("cat"), branch("cat")], [{"type": "object"}, {"type": "object"}], [{}, {}]],
+)
+def test_one_of_branches_that_may_overlap_is_refused_unless_it_need_not_be_strict(branches: list[dict[str, Any]]) -> None:
+    with pytest.raises(InvalidField, match="oneOf"):
+        prepared("qwen3", output=JsonSchema({"oneOf": branches}))
+    prepared("qwen3", output=JsonSchema({"oneOf": branches}, strict=False))
+
+
 def test_what_is_not_strict_is_enforced_as_far_as_it_can_be() -> None:
     schema = {"type": "object", "not": {}, "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
     _, events = reply("qwen3", prepared("qwen3", output=JsonSchema(schema, strict=False), reasoning=NO_REASONING), 0)

@@ -6,8 +6,9 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 
@@ -19,6 +20,9 @@ JSON_STYLE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator":
 _MAX_GRAMMAR_BYTES = 1 << 20
 _CACHE_BYTES = 8 << 20
 _MAX_MESSAGE_CHARS = 400
+_NUM_TRIED = 8
+# Of the compiler's own words, those that say nothing to who wrote the schema.
+_SAYS_NOTHING = {"NoExtensionBias": "nothing matches it", "NoExtension": "nothing matches it"}
 
 
 class Compiler:
@@ -44,10 +48,9 @@ class Compiler:
                 self._compiled.move_to_end(grammar)
                 return known.deep_copy()
         matcher = LLMatcher(self._tokens(), grammar, log_level=0)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # some grammars prove too large only here
-        if matcher.is_error():
-            raise InvalidField(f"Invalid '{field}': {_reason(matcher.get_error())}.", param=field)
+        error = matcher.get_error() or self._try(matcher.deep_copy())
+        if error:
+            raise InvalidField(f"Invalid '{field}': {_reason(error)}.", param=field)
         with self._lock:
             if grammar not in self._compiled:
                 self._compiled[grammar] = matcher
@@ -56,6 +59,16 @@ class Compiler:
                 forgotten, _ = self._compiled.popitem(last=False)
                 self._compiled_bytes -= len(forgotten)
         return matcher.deep_copy()
+
+    def _try(self, matcher: LLMatcher) -> str:
+        """What goes wrong in the first few tokens, if anything does: some grammars prove too large only there."""
+        for _ in range(_NUM_TRIED):
+            mask = matcher.compute_bitmask()
+            allowed = [t for t in _set_bits(mask) if t not in self._stop_tokens]
+            if matcher.is_error() or not allowed or matcher.is_stopped():
+                break
+            matcher.consume_token(allowed[len(allowed) // 2])
+        return matcher.get_error()
 
     def mark(self, text: str) -> str:
         """A text of the model's own, such as `<tool_call>`, as a grammar spells it: by its token where it is a special one, which no
@@ -86,14 +99,19 @@ def grammar_of(output: OutputFormat) -> str:
 
 
 def json_grammar(schema: Mapping[str, Any] | bool, *, strict: bool) -> str:
-    return LLMatcher.grammar_from_json_schema(_plain(schema), overrides={**JSON_STYLE, "lenient": not strict})  # type: ignore[arg-type]
+    plain = _plain(schema)
+    return LLMatcher.grammar_from_json_schema(plain, overrides=_options(plain, strict=strict))  # type: ignore[arg-type]
 
 
 def json_rule(schema: Mapping[str, Any] | bool, *, strict: bool) -> str:
     """A schema as a part of a grammar in Lark's notation."""
-    options = {"x-guidance": {**JSON_STYLE, "lenient": not strict}}
     plain = _plain(schema)
+    options = {"x-guidance": _options(plain, strict=strict)}
     return "%json " + json.dumps({**plain, **options} if isinstance(plain, dict) else options)
+
+
+def _options(schema: object, *, strict: bool) -> dict[str, Any]:
+    return {**JSON_STYLE, "lenient": not strict, "coerce_one_of": not strict or _can_merge_one_of(schema)}
 
 
 def literal(text: str) -> str:
@@ -109,7 +127,60 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _set_bits(mask: bytes) -> list[int]:
+    return np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")).tolist()
+
+
+def _can_merge_one_of(schema: object) -> bool:
+    """Whether no value fits two branches of a `oneOf`, so that `anyOf` says the same: they differ in type, or in a required constant."""
+    left: list[object] = [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            node = cast(dict[str, Any], value)
+            branches = node.get("oneOf")
+            if isinstance(branches, list) and not _are_disjoint(cast(list[object], branches)):
+                return False
+            left += node.values()
+        elif isinstance(value, list):
+            left += cast(list[object], value)
+    return True
+
+
+def _are_disjoint(branches: list[object]) -> bool:
+    nodes = [cast(dict[str, Any], b) if isinstance(b, dict) else {} for b in branches]
+    types = [node.get("type") for node in nodes]
+    if all(isinstance(t, str) for t in types) and len(set(types)) == len(types) and not {"integer", "number"} <= set(types):
+        return True
+    constants = [_required_constants(node) for node in nodes]
+    names = set[str]().union(*constants)
+    return any(all(name in c for c in constants) and _differ([c[name] for c in constants]) for name in names)
+
+
+def _required_constants(node: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Required properties that have one of a few values, as JSON."""
+    properties: object = node.get("properties")
+    required: object = node.get("required")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return {}
+    values: dict[str, list[str]] = {}
+    for name, inner in cast(dict[str, object], properties).items():
+        if name in required and isinstance(inner, dict):
+            limits = cast(dict[str, Any], inner)
+            given: object = [limits["const"]] if "const" in limits else limits.get("enum")
+            if isinstance(given, list):
+                values[name] = [json.dumps(value) for value in cast(list[object], given)]
+    return values
+
+
+def _differ(sets: list[list[str]]) -> bool:
+    return len(set[str]().union(*sets)) == sum(len(set(s)) for s in sets)
+
+
 def _reason(error: str) -> str:
     """The compiler's own words on one line, without what it says of its own inside."""
     first = re.split(r"\n<state>|\n\s*at |\bnode:", error, maxsplit=1)[0]
-    return re.sub(r"\s+", " ", first).strip().rstrip(".")[:_MAX_MESSAGE_CHARS] or "it cannot be enforced"
+    said = re.sub(r"\s+", " ", first).strip().rstrip(".")[:_MAX_MESSAGE_CHARS]
+    if "oneOf" in said:
+        return "'oneOf' can be enforced only where its branches differ in type or in a required constant: use 'anyOf'"
+    return _SAYS_NOTHING.get(said, said) or "it cannot be enforced"

@@ -13,6 +13,7 @@ import pytest
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.messages import Image, Message, ToolCall
 from mlx_manager.core.requests import Conversation, RawPrompt, Reasoning, ToolSpec
+from mlx_manager.inference.families import prompt
 from mlx_manager.inference.families.detect import detect
 from mlx_manager.inference.families.prompt import PromptRenderer
 from tests.inference.fixture_models import FAMILIES, SHARED, dialect
@@ -355,3 +356,17 @@ def test_real_templates_render_a_conversation_and_tools(path: Path) -> None:
     except InvalidField as error:
         text = error.message
     assert "Weather in Paris?" in text or not text.endswith("it failed.") or path.stem == "llama-cpp-deepseek-r1"
+
+
+def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "TEMPLATE_S", 0.2)
+    endless = "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+    with pytest.raises(InvalidField, match="took longer") as refused:
+        with_template(endless).render(TURNS)
+    assert refused.value.param == "messages"
+
+
+def test_a_template_that_makes_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "MAX_PROMPT_CHARS", 1000)
+    with pytest.raises(InvalidField, match="too long"):
+        with_template("{{ 'x' * 5000 }}").render(TURNS)

@@ -18,6 +18,7 @@ from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.messages import Image, Message
 from mlx_manager.core.requests import Conversation, Prompt, RawPrompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
+from mlx_manager.inference.families.time_limit import TookTooLong, within
 from mlx_manager.inference.picture import Picture, PlacedPicture
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 # Of our seven the three that templates know.
 _EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _IS_NONE = re.compile(r"(message(?:\.content|\[['\"]content['\"]\])) is (not )?none")
+TEMPLATE_S = 5.0  # on a busy machine; they take milliseconds
+MAX_PROMPT_CHARS = 64 << 20  # twice what a request's body may have
 _BREAK = "\ufdd0"  # a noncharacter: no text may contain it, and what does has it removed
 
 
@@ -89,7 +92,7 @@ class PromptRenderer:
                 assert not isinstance(tokens, str)
                 return Rendered(tokens)
             case Conversation():
-                text = self.text(prompt)
+                text = self._text_in_time(prompt)
                 tokens = [t for piece in text.split(_BREAK) for t in self._tokenizer.encode(piece, add_special_tokens=False)]
                 end = text.rstrip()
                 opened = next((tag for tag in self._family.reasoning_tags if end.endswith(tag.open)), None)
@@ -116,6 +119,16 @@ class PromptRenderer:
             named += picture.names
             at = place + 1
         return Rendered((*named, *tokens[at:]), opened, tuple(placed))
+
+    def _text_in_time(self, conversation: Conversation) -> str:
+        """A template is a program that came with the model."""
+        try:
+            text = within(TEMPLATE_S, lambda: self.text(conversation))
+        except TookTooLong:
+            raise InvalidField(f"The model's chat template took longer than {TEMPLATE_S:g} seconds.", param="messages") from None
+        if len(text) > MAX_PROMPT_CHARS:
+            raise InvalidField("The model's chat template made too long a prompt of these messages.", param="messages")
+        return text
 
     def text(self, conversation: Conversation) -> str:
         """The rendered prompt, with a break character inside every control token that a user's text spells."""

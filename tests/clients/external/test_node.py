@@ -16,7 +16,9 @@ OPENAI = ["models", "chat", "chat_stream", "chat_tools", "chat_form", "chat_pict
 OPENAI += ["responses_form", "embeddings", "a_mistake_is_an_exception_of_its_kind"]
 ANTHROPIC = ["models", "messages", "stream", "thinking", "tools", "form", "picture", "count_tokens"]
 ANTHROPIC += ["a_mistake_is_an_exception_of_its_kind"]
-AI = [f"{p}.{s}" for p in ("responses", "chat", "compatible", "messages") for s in ("text", "stream", "tools", "form", "picture", "two_turns")]
+AI = [
+    f"{p}.{s}" for p in ("responses", "chat", "compatible", "messages") for s in ("text", "stream", "tools", "form", "picture", "two_turns")
+]
 AI += ["responses.embed", "compatible.embed"]
 SCENARIOS = {"openai": OPENAI, "anthropic": ANTHROPIC, "ai": AI}
 MISTAKES = "a_mistake_is_an_exception_of_its_kind"

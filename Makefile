@@ -1,21 +1,25 @@
-# make run    everything a user needs, then the server on http://127.0.0.1:10242
-# make test   everything a developer needs, then the tests
-# make check  format, lint, types, import contracts, docs
-# make fix    format and what lint can mend by itself
-# make build  the wheel
+# make run      everything a user needs, then the server on http://127.0.0.1:10242
+# make test     everything a developer needs, then the tests
+# make clients  Node SDKs and agents of others against the server; npm installs them into a cache folder
+# make check    format, lint, types, import contracts, docs
+# make fix      format and what lint can mend by itself
+# make build    the wheel
 
 PYTHON ?= python3
 UV ?= $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 export UV_PYTHON_DOWNLOADS ?= never
 export UV_PROJECT_ENVIRONMENT = .venv
 
-.PHONY: run test check fix build clean
+.PHONY: run test clients check fix build clean
 
 run: .venv/.stamp-run
 	@exec .venv/bin/mlx-manager serve $(ARGS)
 
 test: .venv/.stamp-dev
 	.venv/bin/python -m pytest $(ARGS)
+
+clients: .venv/.stamp-dev
+	CLIENTS=1 .venv/bin/python -m pytest tests/clients $(ARGS)
 
 check: .venv/.stamp-dev
 	.venv/bin/ruff format --check

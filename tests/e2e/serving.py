@@ -94,8 +94,8 @@ def make_small_window_model(folder: Path) -> None:
 
 
 @contextmanager
-def serve_process(data_dir: Path, settings: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """`python -m tests.e2e.process` on a free port, stopped by its pid."""
+def serve_process(data_dir: Path, settings: Mapping[str, str] | None = None, *, program: str = "tests.e2e.process") -> Iterator[Running]:
+    """`python -m` that program on a free port, stopped by its pid."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_MANAGER_", "LOGFIRE_", "OTEL_"))} | {
         "HF_HUB_CACHE": str(data_dir / "hub"),
         "HF_HUB_OFFLINE": "1",
@@ -107,7 +107,7 @@ def serve_process(data_dir: Path, settings: Mapping[str, str] | None = None) -> 
     }
     log_path = data_dir / "server.log"
     with log_path.open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "tests.e2e.process"], stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen([sys.executable, "-m", program], stdout=log, stderr=log, env=environment)
     try:
         yield Running(_port(process, log_path), process, log_path)
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 import anthropic
 import pytest
-from anthropic import Anthropic
+from anthropic import Anthropic, beta_tool
 from anthropic.types import Message, TextBlock, ThinkingBlock, ToolUseBlock
 
 from tests.e2e.serving import MODEL, SMALL_WINDOW, SMALL_WINDOW_MODEL, Running, serve_process
@@ -476,3 +476,29 @@ def test_a_coding_session_finds_its_prompt_again(server: Running) -> None:
             turns.append({"role": "user", "content": results or [{"type": "text", "text": f"And what is 2 + {turn}?"}]})
     assert counted["input_tokens"] > 1000
     assert min(reuse[1:]) >= 0.95, reuse
+
+
+@beta_tool
+def get_weather(city: str) -> str:
+    """Get the current weather
+
+    Args:
+        city: The city name
+    """
+    return "18 degrees, sunny"
+
+
+def test_the_tool_runner_which_wants_a_thread_goes_on_without_one(client: Anthropic) -> None:
+    question: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+    for stream in (False, True):
+        runner: Any = client.beta.messages.tool_runner(model="llama", max_tokens=200, messages=question, tools=[get_weather], stream=stream)
+        last = [turn.get_final_message() if stream else turn for turn in runner][-1]
+        assert last.content[0].text == "The tool says: 18 degrees, sunny"
+
+
+def test_a_thread_is_refused_by_the_name_that_the_sdk_knows(client: Anthropic) -> None:
+    thread = client.beta.messages.thread(model=MODEL, max_tokens=20)
+    with pytest.raises(anthropic.BadRequestError, match="send the whole conversation") as refusal:
+        thread.send({"role": "user", "content": "Hello!"})
+    assert type(refusal.value).__name__ == "ThreadUnsupportedRequestError"
+    assert refusal.value.response.headers["x-should-retry"] == "false"

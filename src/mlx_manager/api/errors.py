@@ -8,7 +8,7 @@ from typing import Literal
 from starlette.responses import Response
 from starlette.types import Scope
 
-from mlx_manager.protocols.anthropic.errors import error_type
+from mlx_manager.protocols.anthropic.errors import error_details, error_type
 
 Envelope = Literal["openai", "anthropic", "merged", "problem"]
 
@@ -46,7 +46,10 @@ def envelope(
         case "openai":
             content = {"error": {"message": message, "type": type_, "param": param, "code": code}}
         case "anthropic":
-            content = {"type": "error", "error": {"type": error_type(status), "message": message}, "request_id": request_id}
+            error: dict[str, object] = {"type": error_type(status), "message": message}
+            if (details := error_details(param, code)) is not None:
+                error["details"] = details
+            content = {"type": "error", "error": error, "request_id": request_id}
         case "merged":
             content = {
                 "type": "error",

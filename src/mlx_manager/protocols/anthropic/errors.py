@@ -19,3 +19,11 @@ _TYPES: Mapping[int, str] = MappingProxyType(
 
 def error_type(status: int) -> str:
     return _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+
+
+def error_details(param: str | None, code: str | None) -> Mapping[str, str] | None:
+    """What stands in `error.details` for the SDKs to act on. Their tool runners begin a thread with every run; told by this
+    code that there are none, they go on without."""
+    if (param, code) == ("thread", "unsupported_parameter"):
+        return {"error_code": "thread_unsupported_request"}
+    return None

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar, cast
 
-from pydantic import ValidationError
-
 from mlx_manager.core import messages as core
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.requests import (
@@ -19,19 +17,17 @@ from mlx_manager.core.requests import (
     JsonSchema,
     Reasoning,
     ReasoningOption,
-    Sampling,
     ToolChoice,
     ToolSpec,
 )
 from mlx_manager.protocols.anthropic import schema
-from mlx_manager.protocols.body import read_json_object
-from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
+from mlx_manager.protocols.checked import checked
+from mlx_manager.protocols.fields import quoted
 from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import image_from_base64
+from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Wanted
-
-S = TypeVar("S", bound=schema.CountRequest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +39,7 @@ class AnthropicWanted(Wanted):
 
 def read_messages(body: bytes, seal: Seal) -> AnthropicWanted:
     """`POST /v1/messages`. Raises `InvalidField`."""
-    wire, ignored = _read(body, schema.MessagesRequest, schema.MESSAGE_FIELDS)
+    wire, ignored = checked(body, schema.MessagesRequest, schema.MESSAGE_FIELDS)
     if wire.thinking is not None and wire.thinking.budget_tokens is not None and wire.thinking.budget_tokens >= wire.max_tokens:
         raise InvalidField(
             f"Invalid 'thinking.budget_tokens': it must be less than 'max_tokens', which is {wire.max_tokens}.",
@@ -52,16 +48,7 @@ def read_messages(body: bytes, seal: Seal) -> AnthropicWanted:
     wanted = _wanted(wire, ignored, seal)
     request = replace(
         wanted.request,
-        sampling=Sampling(
-            temperature=wire.temperature,
-            top_p=wire.top_p,
-            top_k=wire.top_k,
-            min_p=wire.min_p,
-            presence_penalty=wire.presence_penalty,
-            frequency_penalty=wire.frequency_penalty,
-            repetition_penalty=wire.repetition_penalty,
-            seed=wire.seed,
-        ),
+        sampling=sampling(wire),
         max_tokens=wire.max_tokens,
         stop=tuple(wire.stop_sequences or ()),
     )
@@ -70,18 +57,8 @@ def read_messages(body: bytes, seal: Seal) -> AnthropicWanted:
 
 def read_count_tokens(body: bytes, seal: Seal) -> AnthropicWanted:
     """`POST /v1/messages/count_tokens`: the prompt that `read_messages` makes of the same. Raises `InvalidField`."""
-    wire, ignored = _read(body, schema.CountRequest, schema.COUNT_FIELDS)
+    wire, ignored = checked(body, schema.CountRequest, schema.COUNT_FIELDS)
     return _wanted(wire, ignored, seal)
-
-
-def _read(body: bytes, model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tuple[str, ...]]:
-    given = without_nulls(read_json_object(body))
-    ignored = ignored_fields(given, rules)
-    try:
-        wire = model.model_validate(given)
-    except ValidationError as error:
-        raise invalid_field(error, given) from None
-    return wire, ignored + unknown_inside(wire)
 
 
 def _wanted(wire: schema.CountRequest, ignored: tuple[str, ...], seal: Seal) -> AnthropicWanted:

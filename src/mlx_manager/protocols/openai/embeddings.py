@@ -10,8 +10,8 @@ from pydantic import Discriminator, Field, Tag
 
 from mlx_manager.core.requests import EmbeddingRequest
 from mlx_manager.core.vectors import Embeddings
+from mlx_manager.protocols.checked import checked
 from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
-from mlx_manager.protocols.openai.checked import checked
 from mlx_manager.protocols.openai.schema import TokenIds, kind_of_prompt
 from mlx_manager.protocols.wire import Json
 

@@ -21,19 +21,19 @@ from mlx_manager.core.requests import (
     Reasoning,
     ReasoningOption,
     Regex,
-    Sampling,
     ToolChoice,
     ToolSpec,
 )
 from mlx_manager.protocols.body import read_json_object
+from mlx_manager.protocols.checked import checked
 from mlx_manager.protocols.fields import Rule, invalid_field, quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import file_text, image_from_url
 from mlx_manager.protocols.openai import schema
-from mlx_manager.protocols.openai.checked import checked
+from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.wire import Wanted
 
-S = TypeVar("S", bound=schema.Sampling)
+S = TypeVar("S", bound=schema.Generation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def read_chat(body: bytes) -> OpenAIWanted:
     request = GenerationRequest(
         model=wire.model,
         prompts=(conversation_of(wire),),
-        sampling=_sampling(wire),
+        sampling=sampling(wire),
         max_tokens=next(iter(limits), None),
         stop=_stop(wire),
         num_replies=1 if wire.n is None else wire.n,
@@ -111,7 +111,7 @@ def read_completion(body: bytes) -> OpenAIWanted:
     request = GenerationRequest(
         model=wire.model,
         prompts=prompts,
-        sampling=_sampling(wire),
+        sampling=sampling(wire),
         max_tokens=16 if wire.max_tokens is None else wire.max_tokens,  # this endpoint's documented default
         stop=_stop(wire),
         num_replies=num_replies,
@@ -129,25 +129,11 @@ def _read(body: bytes, model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tu
     return wire, ignored
 
 
-def _include_usage(wire: schema.Sampling) -> bool:
+def _include_usage(wire: schema.Generation) -> bool:
     return wire.stream_options is not None and wire.stream_options.include_usage is True
 
 
-def _sampling(wire: schema.Sampling) -> Sampling:
-    return Sampling(
-        temperature=wire.temperature,
-        top_p=wire.top_p,
-        top_k=wire.top_k,
-        min_p=wire.min_p,
-        repetition_penalty=wire.repetition_penalty,
-        presence_penalty=wire.presence_penalty,
-        frequency_penalty=wire.frequency_penalty,
-        seed=wire.seed,
-        logit_bias=MappingProxyType({int(token): bias for token, bias in (wire.logit_bias or {}).items()}),
-    )
-
-
-def _stop(wire: schema.Sampling) -> tuple[str, ...]:
+def _stop(wire: schema.Generation) -> tuple[str, ...]:
     return (wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ())
 
 

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from mlx_manager.core.requests import RerankRequest
 from mlx_manager.core.vectors import Ranking
+from mlx_manager.protocols.checked import checked
 from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
-from mlx_manager.protocols.openai.checked import checked
 from mlx_manager.protocols.wire import Json
 
 MAX_DOCUMENTS = 2048

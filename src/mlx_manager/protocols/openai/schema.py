@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, Tag
 
 from mlx_manager.core.requests import Effort
 from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
+from mlx_manager.protocols.sampling import BiasedSamplingFields
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -29,25 +30,13 @@ class StreamOptions(Schema):
     include_usage: bool | None = None
 
 
-class Sampling(Schema):
+class Generation(BiasedSamplingFields):
     """The fields that both endpoints share."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
-    logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
-        | None
-    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -126,7 +115,7 @@ class ReasoningOptions(Schema):
     thinking_budget: Annotated[int, Field(ge=0)] | None = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -163,7 +152,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Generation):
     prompt: Prompt
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -8,9 +8,9 @@ from pydantic import Field
 
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.requests import Conversation, Prompt, RawPrompt
+from mlx_manager.protocols.checked import checked
 from mlx_manager.protocols.fields import Rule, Schema, honoured, refused
 from mlx_manager.protocols.openai import schema
-from mlx_manager.protocols.openai.checked import checked
 from mlx_manager.protocols.openai.requests import conversation_of
 from mlx_manager.protocols.wire import Json
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
-from pydantic import ValidationError
-
 from mlx_manager.core import messages as core
 from mlx_manager.core.errors import InvalidField, NotFound
 from mlx_manager.core.requests import (
@@ -19,17 +17,18 @@ from mlx_manager.core.requests import (
     OutputFormat,
     Reasoning,
     ReasoningOption,
-    Sampling,
     ToolChoice,
     ToolSpec,
 )
 from mlx_manager.protocols.body import read_json_object
-from mlx_manager.protocols.fields import ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
+from mlx_manager.protocols.checked import checked_object
+from mlx_manager.protocols.fields import quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import file_text, image_from_url
 from mlx_manager.protocols.responses import schema
 from mlx_manager.protocols.responses.custom_input import PARAMETER, write_input
 from mlx_manager.protocols.responses.history import Item, Kept
+from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Json, Wanted
 
@@ -78,11 +77,7 @@ def flat_name(namespace: str | None, name: str) -> str:
 def read_responses(body: bytes, past: Past, seal: Seal) -> ResponsesWanted:
     """`POST /v1/responses` and `/v1/responses/input_tokens`. Raises `InvalidField`, and `NotFound` for an item that is not kept."""
     given = without_nulls(read_json_object(body))
-    ignored = ignored_fields(given, schema.RESPONSES_FIELDS)
-    try:
-        wire = schema.ResponsesRequest.model_validate(given)
-    except ValidationError as error:
-        raise invalid_field(error, given) from None
+    wire, ignored = checked_object(given, schema.ResponsesRequest, schema.RESPONSES_FIELDS)
     _check(wire)
     tools = _Tools()
     for i, tool in enumerate(wire.tools or ()):
@@ -108,7 +103,7 @@ def read_responses(body: bytes, past: Past, seal: Seal) -> ResponsesWanted:
                 reasoning=Reasoning(wire.enable_thinking, reasoning.effort, wire.thinking_budget),
             ),
         ),
-        sampling=_sampling(wire),
+        sampling=sampling(wire),
         max_tokens=wire.max_output_tokens,
         stop=(wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ()),
         num_top_logprobs=(wire.top_logprobs or 0) if wants_logprobs else None,
@@ -116,7 +111,7 @@ def read_responses(body: bytes, past: Past, seal: Seal) -> ResponsesWanted:
         output_field=output_field,
         parallel_tool_calls=wire.parallel_tool_calls is not False,
     )
-    without_effect = [*ignored, *unknown_inside(wire)]
+    without_effect = list(ignored)
     if wire.top_logprobs is not None and not wants_logprobs:
         without_effect.append("top_logprobs")
     without_effect += [f"include.{value}" for value in wire.include or () if value not in (LOGPROBS, _ALWAYS_INCLUDED)]
@@ -160,20 +155,6 @@ def _check(wire: schema.ResponsesRequest) -> None:
         raise InvalidField("'stream_options' needs 'stream' to be true.", param="stream_options")
     if wire.input is None and wire.previous_response_id is None:
         raise _missing("input")
-
-
-def _sampling(wire: schema.ResponsesRequest) -> Sampling:
-    return Sampling(
-        temperature=wire.temperature,
-        top_p=wire.top_p,
-        top_k=wire.top_k,
-        min_p=wire.min_p,
-        repetition_penalty=wire.repetition_penalty,
-        presence_penalty=wire.presence_penalty,
-        frequency_penalty=wire.frequency_penalty,
-        seed=wire.seed,
-        logit_bias=MappingProxyType({int(token): bias for token, bias in (wire.logit_bias or {}).items()}),
-    )
 
 
 def _reasoning_fields(wire: schema.ResponsesRequest) -> Mapping[ReasoningOption, tuple[str, ...]]:

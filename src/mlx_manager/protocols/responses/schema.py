@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
 from mlx_manager.core.requests import Effort
 from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
+from mlx_manager.protocols.sampling import BiasedSamplingFields
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -299,7 +300,7 @@ class TextOptions(Schema):
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
 
 
-class ResponsesRequest(Schema):
+class ResponsesRequest(BiasedSamplingFields):
     model: Annotated[str, Field(min_length=1, max_length=256)]
     input: str | Annotated[list[Item], Field(max_length=16384)] | None = None
     instructions: str | None = None
@@ -308,19 +309,7 @@ class ResponsesRequest(Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
-        | None
-    ) = None
     tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

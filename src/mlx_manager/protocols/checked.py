@@ -1,7 +1,7 @@
 """Bytes of a request → its schema, by the field rule."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -13,7 +13,11 @@ S = TypeVar("S", bound=Schema)
 
 def checked(body: bytes, model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tuple[str, ...]]:
     """What was sent, and the names of the fields that have no effect. Raises `InvalidField`."""
-    given = without_nulls(read_json_object(body))
+    return checked_object(without_nulls(read_json_object(body)), model, rules)
+
+
+def checked_object(given: Mapping[str, Any], model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tuple[str, ...]]:
+    """The same of an object that has been read and has no nulls."""
     ignored = ignored_fields(given, rules)
     try:
         wire = model.model_validate(given)

@@ -25,7 +25,7 @@ def test_every_field_that_the_sdk_documents_has_a_rule(params: object, rules: di
 
 
 @pytest.mark.parametrize(("model", "rules"), TABLES)
-def test_what_is_read_is_honoured_and_what_is_honoured_is_read(model: type[schema.Sampling], rules: dict[str, schema.Rule]) -> None:
+def test_what_is_read_is_honoured_and_what_is_honoured_is_read(model: type[schema.Generation], rules: dict[str, schema.Rule]) -> None:
     assert model.model_fields.keys() == {name for name, rule in rules.items() if rule.kind == "honoured"}
 
 

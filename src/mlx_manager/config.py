@@ -28,6 +28,9 @@ class Config(BaseSettings):
     models_dir: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description=f"Folders whose subfolders are models, separated by '{os.pathsep}'; the flag can be repeated."
     )
+    adapters_dir: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description=f"Folders whose subfolders are LoRA adapters, separated by '{os.pathsep}'; the flag can be repeated."
+    )
     api_key: SecretStr | None = Field(None, description="If set, every request but health checks must carry it.")
     allowed_hosts: Several = Field((), description="Further names that `Host` may have, separated by commas.")
     allowed_origins: Several = Field((), description="Web origins that may call the API from a browser, separated by commas.")
@@ -45,7 +48,7 @@ class Config(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="How long replies may go on after Ctrl-C or SIGTERM, in seconds.")
     log_level: LogLevel = Field("info", description="debug, info, warning or error.")
 
-    @field_validator("models_dir", mode="before")
+    @field_validator("models_dir", "adapters_dir", mode="before")
     @classmethod
     def _paths(cls, value: object) -> object:
         return tuple(p for p in value.split(os.pathsep) if p) if isinstance(value, str) else value

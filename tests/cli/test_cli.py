@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,6 +123,19 @@ def test_models_are_listed_and_the_unusable_ones_with_their_reason(home: dict[st
     assert unusable["reason"]
     shown = command(home, "ls", "--models-dir", str(tmp_path / "models"))
     assert "no model" in shown.stderr
+
+
+def test_adapters_are_listed_on_their_model_and_the_others_with_their_reason(home: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(MODELS.parent / "adapters", tmp_path / "adapters")
+    (tmp_path / "adapters" / "empty").mkdir()
+    listed = json.loads(command(home, "list", "--json", "--adapters-dir", str(tmp_path / "adapters")).stdout)
+    assert [model["id"] for model in listed["models"] if model["adapter"]] == [f"{MODEL}:butler", f"{MODEL}:pirate"]
+    (unusable,) = listed["unusable"]
+    assert (unusable["id"], unusable["reason"]) == ("*:empty", "it has no adapter_config.json")
+    shown = command(home, "show", f"{MODEL}:pirate", MLX_MANAGER_ADAPTERS_DIR=str(tmp_path / "adapters"))
+    assert "mlx-lm, rank 4, scale 10" in shown.stdout
+    said = command(home, "run", f"{MODEL}:pirate", "Hello", "--temperature", "0", "--adapters-dir", str(tmp_path / "adapters"))
+    assert "Ahoy" in said.stdout, said.stderr
 
 
 def test_folders_of_models_come_from_the_environment_too(home: dict[str, str], tmp_path: Path) -> None:

@@ -82,8 +82,9 @@ async def model(model_id: str, services: ServicesDep) -> JSONResponse:
 
 
 def _model(status: ModelStatus) -> dict[str, Any]:
-    """An entry that satisfies the SDKs of both vendors."""
+    """An entry that satisfies the SDKs of both vendors. One with an adapter says on what."""
     checkpoint = status.checkpoint
+    adapter = checkpoint.adapter
     created = datetime.fromtimestamp(checkpoint.created, UTC)
     return {
         "id": checkpoint.id,
@@ -99,4 +100,4 @@ def _model(status: ModelStatus) -> dict[str, Any]:
         "state": status.state,
         "kind": checkpoint.kind,
         "capabilities": _CAPABILITIES[checkpoint.kind],
-    }
+    } | ({} if adapter is None else {"base": checkpoint.base_id, "adapter": adapter.name})

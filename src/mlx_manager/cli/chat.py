@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_manager.cli.configuration import ModelsDir, catalogue, configured, is_starter, starter
+from mlx_manager.cli.configuration import AdaptersDir, ModelsDir, catalogue, configured, is_starter, starter
 from mlx_manager.cli.terminal import INTERRUPTED, USAGE, errors, fail, leave, printable, say, warn
 from mlx_manager.core.errors import ContextTooLong, MLXManagerError
 from mlx_manager.core.events import ChoiceFinished, FinishReason, ReasoningDelta, TextDelta
@@ -34,13 +34,14 @@ def run(
     temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token. [default: the model's]")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a reply. [default: what the context has room for]")] = None,
     models_dir: ModelsDir = None,
+    adapters_dir: AdaptersDir = None,
 ) -> None:
     """Talk to a model here, without a server. Reads the prompt from a pipe if there is one."""
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
         if not prompt:
             fail("There is no prompt: what came from the pipe is empty.", USAGE)
-    config = configured(models_dir=models_dir)
+    config = configured(models_dir=models_dir, adapters_dir=adapters_dir)
     chosen = _choose(model, catalogue(config).models)
     request = GenerationRequest(chosen.id, (), Sampling(temperature=temperature), max_tokens)
     opening = () if system is None else (Message("system", system),)

@@ -24,6 +24,16 @@ ModelsDir = Annotated[
         help="Folder whose subfolders are models; can be repeated. [env: MLX_MANAGER_MODELS_DIR]",
     ),
 ]
+AdaptersDir = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--adapters-dir",
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="Folder whose subfolders are LoRA adapters; can be repeated. [env: MLX_MANAGER_ADAPTERS_DIR]",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
 
@@ -41,6 +51,9 @@ def configured(**flags: object) -> "Config":
     for folder in config.models_dir:
         if not folder.is_dir():
             warn(f"There is no models folder {folder}.")
+    for folder in config.adapters_dir:
+        if not folder.is_dir():
+            warn(f"There is no adapters folder {folder}.")
     return config
 
 
@@ -52,7 +65,7 @@ def catalogue(config: "Config") -> "Catalogue":
     """Every model on this machine, as the server finds them, without importing the server."""
     from mlx_manager.hub.local import find_models, hub_cache_folder
 
-    return find_models(config.model_folders, hub_cache_folder())
+    return find_models(config.model_folders, hub_cache_folder(), config.adapters_dir)
 
 
 def is_starter(model: "Checkpoint") -> bool:
@@ -63,7 +76,7 @@ def is_starter(model: "Checkpoint") -> bool:
 
 def starter(models: "Sequence[Checkpoint]") -> "Checkpoint | None":
     """The model to talk to when none is named: the one that comes with the package, or the only one there is."""
-    chatty = [model for model in models if model.kind == "text"]
+    chatty = [model for model in models if model.kind == "text" and model.adapter is None]
     return next((model for model in chatty if is_starter(model)), chatty[0] if len(chatty) == 1 else None)
 
 

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_manager.cli.configuration import AsJson, ModelsDir, catalogue, configured
+from mlx_manager.cli.configuration import AdaptersDir, AsJson, ModelsDir, catalogue, configured
 from mlx_manager.cli.terminal import count, fail, print_json, print_table, say, size, tokens, warn
 
 if TYPE_CHECKING:
     from mlx_manager.hub.checkpoint import Checkpoint
 
 
-def list_models(models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
+def list_models(models_dir: ModelsDir = None, adapters_dir: AdaptersDir = None, as_json: AsJson = False) -> None:
     """List the models on this machine."""
-    found = catalogue(configured(models_dir=models_dir))
+    found = catalogue(configured(models_dir=models_dir, adapters_dir=adapters_dir))
     if as_json:
         print_json({"models": [asdict(m) for m in found.models], "unusable": [asdict(u) for u in found.unusable]})
         return
@@ -34,9 +34,14 @@ def list_models(models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
         warn(f"{broken.id} cannot be used: {broken.reason} ({broken.path})")
 
 
-def show(model: Annotated[str, typer.Argument(help="As `list` names it.")], models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
+def show(
+    model: Annotated[str, typer.Argument(help="As `list` names it.")],
+    models_dir: ModelsDir = None,
+    adapters_dir: AdaptersDir = None,
+    as_json: AsJson = False,
+) -> None:
     """Show everything that is known about a model."""
-    found = catalogue(configured(models_dir=models_dir))
+    found = catalogue(configured(models_dir=models_dir, adapters_dir=adapters_dir))
     checkpoint = found.get(model)
     if checkpoint is None:
         broken = next((u for u in found.unusable if u.id == model), None)
@@ -51,6 +56,7 @@ def show(model: Annotated[str, typer.Argument(help="As `list` names it.")], mode
 
 
 def _facts(model: "Checkpoint") -> dict[str, str]:
+    adapter = model.adapter
     return {
         "Model": model.id,
         "Kind": model.kind + (" (its architecture is not supported)" if model.kind == "unsupported" else ""),
@@ -61,7 +67,7 @@ def _facts(model: "Checkpoint") -> dict[str, str]:
         "Quantised": "no" if model.quantization_bits is None else f"to {model.quantization_bits} bits",
         "Created": datetime.fromtimestamp(model.created, UTC).astimezone().isoformat(sep=" ", timespec="minutes"),
         "Folder": str(model.path),
-    }
+    } | ({} if adapter is None else {"Adapter": f"{adapter.form}, rank {adapter.rank}, scale {adapter.scale:g} ({adapter.path})"})
 
 
 def _bits(model: "Checkpoint") -> str:

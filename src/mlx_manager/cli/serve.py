@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_manager.cli.configuration import ModelsDir, address, catalogue, configured, is_starter
+from mlx_manager.cli.configuration import AdaptersDir, ModelsDir, address, catalogue, configured, is_starter
 from mlx_manager.cli.terminal import FAILED, USAGE, fail, leave, say, warn
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 10242]")] = None,
     data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the database.")] = None,
     models_dir: ModelsDir = None,
+    adapters_dir: AdaptersDir = None,
     allowed_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Another name that this server is called by; can be repeated.")
     ] = None,
@@ -69,6 +70,7 @@ def serve(
         port=port,
         data_dir=data_dir,
         models_dir=models_dir,
+        adapters_dir=adapters_dir,
         allowed_hosts=allowed_host,
         allowed_origins=allowed_origin,
         max_concurrent_requests=max_concurrent_requests,
@@ -169,7 +171,7 @@ def _greet(config: "Config") -> None:
     from mlx_manager.hub.local import hub_cache_folder
     from mlx_manager.inference.blas import use_fast_blas
 
-    models = [model for model in catalogue(config).models if model.kind == "text"]
+    models = [model for model in catalogue(config).models if model.kind == "text" and model.adapter is None]
     url = address(config.host, config.port)
     names = ", ".join(model.id for model in models[:NUM_NAMED]) + (" …" if len(models) > NUM_NAMED else "")
     say(f"MLX Manager at {url}")

@@ -42,8 +42,31 @@ importing mlx-lm imports MLX. A type missing here is shown as unsupported."""
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA or DoRA adapter: small matrices beside the linear layers of a model."""
+
+    name: str
+    path: Path
+    """Of its folder; no link on the way."""
+    file: Path
+    """Its arrays; no link on the way."""
+    form: Literal["mlx-lm", "peft"]
+    """Whose names and shapes the arrays have."""
+    rank: int
+    scale: float
+    """What the product of its matrices is multiplied with."""
+    base: str | None
+    """What it calls the model that it was trained on."""
+    size_bytes: int
+    num_parameters: int
+    created: int
+    """Unix time of its configuration."""
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model folder that can be used, or that only lacks a program for its architecture (`unsupported`)."""
+    """A model folder that can be used, or that only lacks a program for its architecture (`unsupported`). With an adapter on top it is
+    another model of its own, called `base:adapter`."""
 
     id: str
     path: Path
@@ -60,6 +83,12 @@ class Checkpoint:
     """From the shapes, quantised weights unpacked: an estimate."""
     created: int
     """Unix time of config.json."""
+    adapter: Adapter | None = None
+
+    @property
+    def base_id(self) -> str:
+        """The id of the model without its adapter; no model's own id has a colon."""
+        return self.id.partition(":")[0]
 
 
 class Unusable(Exception):
@@ -85,7 +114,7 @@ def read(path: Path, id: str) -> Checkpoint:
 
 
 def _read(path: Path, id: str) -> Checkpoint:
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if config is None:
         raise Unusable("it has no config.json")
     for key in CODE_KEYS:
@@ -95,12 +124,7 @@ def _read(path: Path, id: str) -> Checkpoint:
     if not isinstance(architecture, str):
         raise Unusable("config.json names no model_type")
     files = _weight_files(path)
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            tensors |= read_header(file)
-        except BadHeader as error:
-            raise Unusable(f"{file.name}: {error}") from error
+    tensors = _read_tensors(files)
     kind = _kind(config, architecture, tensors, _read_array(path / "modules.json"))
     if kind in ("embedding", "reranker"):
         tensors |= _read_steps(path)
@@ -110,7 +134,7 @@ def _read(path: Path, id: str) -> Checkpoint:
         path=path,
         kind=kind,
         architecture=architecture,
-        context_length=_context_length(config, _read_json(path / "tokenizer_config.json") or {}),
+        context_length=_context_length(config, read_json(path / "tokenizer_config.json") or {}),
         size_bytes=sum(file.stat().st_size for file in files),
         quantization_bits=_positive(quantization.get("bits")),
         num_parameters=_num_parameters(tensors, quantization),
@@ -118,8 +142,8 @@ def _read(path: Path, id: str) -> Checkpoint:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is no such file."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if there is no such file. Raises Unusable."""
     value = _read_value(path)
     if value is not None and not isinstance(value, dict):
         raise Unusable(f"{path.name} is not an object")
@@ -150,7 +174,7 @@ def _weight_files(path: Path) -> list[Path]:
     """`model*.safetensors`, which is what loaders read, once all are there: by the index or, since a download may stop
     before it, by the numbers in their names."""
     files = {file.name: file for file in sorted(path.glob("model*.safetensors")) if file.is_file()}
-    index = _read_json(path / "model.safetensors.index.json") or {}
+    index = read_json(path / "model.safetensors.index.json") or {}
     weight_map = _object(index.get("weight_map"))
     expected = {str(name) for name in weight_map.values()}
     if not expected:
@@ -161,6 +185,33 @@ def _weight_files(path: Path) -> list[Path]:
     if not files:
         raise Unusable("it has no weights (model*.safetensors)")
     return list(files.values())
+
+
+def _read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= read_header(file)
+        except BadHeader as error:
+            raise Unusable(f"{file.name}: {error}") from error
+    return tensors
+
+
+def layer_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each layer's `weight`, unpacked if it is quantised. Raises Unusable."""
+    try:
+        quantization = _quantization(read_json(path / "config.json") or {})
+        tensors = _read_tensors(_weight_files(path))
+    except OSError as error:
+        raise Unusable(f"{Path(error.filename or path).name}: {error.strerror}") from error
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part == "weight" and tensor.shape:
+            *rest, last = tensor.shape
+            is_packed = f"{layer}.scales" in tensors
+            shapes[layer] = (*rest, last * 32 // _bits(layer, quantization) if is_packed else last)
+    return shapes
 
 
 def _read_steps(path: Path) -> dict[str, Tensor]:
@@ -233,9 +284,13 @@ def _num_parameters(tensors: Mapping[str, Tensor], quantization: Mapping[str, An
         if not is_packed:
             total += tensor.num_elements
         elif part == "weight":
-            bits = _positive(_object(quantization.get(module)).get("bits")) or _positive(quantization.get("bits")) or 32
-            total += tensor.num_elements * 32 // bits
+            total += tensor.num_elements * 32 // _bits(module, quantization)
     return total
+
+
+def _bits(module: str, quantization: Mapping[str, Any]) -> int:
+    """Of a packed weight."""
+    return _positive(_object(quantization.get(module)).get("bits")) or _positive(quantization.get("bits")) or 32
 
 
 def _object(value: object) -> dict[str, Any]:

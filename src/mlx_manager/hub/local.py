@@ -1,21 +1,32 @@
-"""Which models lie on this machine: in the operator's folders and in the Hugging Face cache."""
+"""Which models lie on this machine, in the operator's folders and in the Hugging Face cache, and which adapters for them."""
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import constants
 
-from mlx_manager.hub.checkpoint import Checkpoint, Unusable, read
+from mlx_manager.hub.adapters import check_fit, read_adapter
+from mlx_manager.hub.checkpoint import Adapter, Checkpoint, Unusable, layer_shapes, read
+
+ADAPTERS = "adapters"
+"""The folder of a model's own adapters."""
+
+
+ShapesOf = Callable[[Path], Mapping[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
 class UnusableModel:
+    """Of an adapter the id is `base:adapter`, or `*:adapter` if it is of no model in particular."""
+
     id: str
     path: Path
     reason: str
+    is_adapter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +45,9 @@ def hub_cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def find_models(folders: Sequence[Path], hub_cache: Path | None) -> Catalogue:
-    """Every direct subfolder of a folder is a model of that name; the cache's are `organisation/name`.
+def find_models(folders: Sequence[Path], hub_cache: Path | None, adapter_folders: Sequence[Path] = ()) -> Catalogue:
+    """Every direct subfolder of a folder is a model of that name; the cache's are `organisation/name`. Beside them stand their
+    adapters: what is in their folder `adapters`, and the subfolders of `adapter_folders` that fit.
 
     The first folder with an id has it, and the cache comes last. One bad folder never hides the others: it is listed with its
     reason. A link to a model elsewhere is followed, since only the operator can have put it there.
@@ -50,6 +62,11 @@ def find_models(folders: Sequence[Path], hub_cache: Path | None) -> Catalogue:
             models[id] = found
         else:
             unusable[id] = found
+    for found in list(_adapted(list(models.values()), adapter_folders)):
+        if isinstance(found, Checkpoint):
+            models.setdefault(found.id, found)
+        else:
+            unusable.setdefault(found.id, found)
     return Catalogue(tuple(models[id] for id in sorted(models)), tuple(unusable[id] for id in sorted(unusable)))
 
 
@@ -62,6 +79,62 @@ def _first_usable(id: str, candidates: Sequence[Path]) -> Checkpoint | UnusableM
         except Unusable as error:
             refusals.append(UnusableModel(id, path, error.reason))
     return refusals[0]
+
+
+def _adapted(models: Sequence[Checkpoint], folders: Sequence[Path]) -> Iterator[Checkpoint | UnusableModel]:
+    """Models with an adapter on top, the likeliest of an id first. No link may lead out of the folder that is looked at: an adapter is
+    often somebody else's, and requests can ask for it."""
+    shapes_of = cache(layer_shapes)  # each model's headers are read once, and not at all if there are no adapters
+    for base in models:
+        for path in _subfolders(base.path / ADAPTERS):
+            yield from _judged(f"{base.id}:{path.name}", path, _root(base.path), [base], shapes_of)
+    for folder in folders:
+        for path in _subfolders(folder):
+            yield from _judged(f"*:{path.name}", path, folder, models, shapes_of)
+
+
+def _judged(id: str, path: Path, root: Path, bases: Sequence[Checkpoint], shapes_of: ShapesOf) -> Iterator[Checkpoint | UnusableModel]:
+    """An adapter on each of the bases that it fits, or on none; if it names one of them, on no other."""
+    try:
+        adapter = read_adapter(path, root)
+    except Unusable as error:
+        yield UnusableModel(id, path, error.reason, is_adapter=True)
+        return
+    named = [base for base in bases if _last_part(base.id) == _last_part(adapter.base or "")]
+    reasons: list[str] = []
+    num_found = 0
+    for base in named or [base for base in bases if base.kind == "text"] or bases:
+        try:
+            check_fit(adapter, base, shapes_of)
+        except Unusable as error:
+            reasons.append(error.reason)
+        else:
+            num_found += 1
+            yield _with(base, adapter)
+    if num_found == 0:
+        reason = reasons[0] if len(reasons) == 1 else "it fits none of the models here" + "".join(f" ({why})" for why in reasons[:1])
+        yield UnusableModel(id, path, reason, is_adapter=True)
+
+
+def _last_part(name: str) -> str:
+    """Of `organisation/name`, or of a path."""
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _with(base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    return replace(
+        base,
+        id=f"{base.id}:{adapter.name}",
+        size_bytes=base.size_bytes + adapter.size_bytes,
+        num_parameters=base.num_parameters + adapter.num_parameters,
+        created=adapter.created,
+        adapter=adapter,
+    )
+
+
+def _root(path: Path) -> Path:
+    """Where the files of a model may lie: in its folder or, for one of the cache, in its repository, which links to its blobs."""
+    return path.parents[1] if path.parent.name == "snapshots" else path
 
 
 def _candidates(folders: Sequence[Path], hub_cache: Path | None) -> Iterator[tuple[str, list[Path]]]:

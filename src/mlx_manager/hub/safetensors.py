@@ -3,6 +3,7 @@ trusts its offsets."""
 
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,11 @@ class BadHeader(ValueError):
 @dataclass(frozen=True, slots=True)
 class Tensor:
     dtype: str
-    num_elements: int
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -59,7 +64,7 @@ def _check(entries: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:
         num_elements = _num_elements(shape, limit=data_bytes)
         if num_elements is None or num_elements * BITS[dtype] != (end - begin) * 8:
             raise BadHeader(f"{name[:100]!r} has a shape that its bytes do not fill")
-        tensors[name] = Tensor(dtype, num_elements)
+        tensors[name] = Tensor(dtype, tuple(shape))
         spans.append((begin, end))
     spans.sort()
     if any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans)):

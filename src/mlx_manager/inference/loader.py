@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any, cast
 
 from mlx_manager.core.messages import Image, Message
 from mlx_manager.core.requests import Conversation, GenerationRequest
+from mlx_manager.hub.adapters import check_fit
 from mlx_manager.hub.checkpoint import EMBEDDING_MODULES, Checkpoint
-from mlx_manager.hub.fingerprint import fingerprint
+from mlx_manager.hub.fingerprint import adapter_fingerprint, fingerprint
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.embedder import Embedder
 from mlx_manager.inference.encoder import Encoder
@@ -161,16 +163,49 @@ def load_embedder(checkpoint: Checkpoint, device: Device, limits: EngineLimits) 
     return embedder
 
 
-def load_engine(path: Path, dialect: Dialect, device: Device, limits: EngineLimits) -> Engine:
+class SharedWeights:
+    """The weights of text models, in memory once for all who are loaded from the same files: a model with an adapter costs what the
+    adapter does. Knows them by folder and fingerprint, and keeps none of them there. Owned by the device thread."""
+
+    def __init__(self) -> None:
+        self._models: list[tuple[tuple[Path, str], weakref.ref[Any]]] = []
+
+    def load(self, checkpoint: Checkpoint, key: str) -> Any:
+        """A model of its own, with its adapter, on weights that are read if nobody has them. Raises `Unusable` for an adapter that does
+        not fit any more."""
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        from mlx_manager.inference.lora import apply, base_arrays
+
+        known_as = checkpoint.path, key
+        self._models = [entry for entry in self._models if entry[1]() is not None]
+        lender = next((model() for name, model in self._models if name == known_as), None)
+        model, _ = load_model(checkpoint.path, lazy=True, trust_remote_code=False)
+        if lender is not None:
+            model.load_weights(list(base_arrays(lender).items()))
+        mx.eval(model.parameters())
+        if checkpoint.adapter is not None:
+            check_fit(checkpoint.adapter, checkpoint)
+            apply(checkpoint.adapter, model)
+        self._models.append((known_as, weakref.ref(model)))
+        return model
+
+
+def load_engine(checkpoint: Checkpoint, dialect: Dialect, device: Device, limits: EngineLimits, weights: SharedWeights) -> Engine:
     """Reads the weights and makes the engine that runs them. On the device thread."""
     import_libraries()
-    engine = make_engine(load_weights(path, dialect), device, limits, vocab_size=dialect.vocab_size, model_key=fingerprint(path))
+    key = fingerprint(checkpoint.path)
+    adapter_key = "" if checkpoint.adapter is None else adapter_fingerprint(checkpoint.adapter)
+    model = load_weights(checkpoint, key, dialect, weights)
+    engine = make_engine(model, device, limits, vocab_size=dialect.vocab_size, model_key=key, adapter_key=adapter_key)
     device.attach(engine)
     return engine
 
 
-def load_weights(path: Path, dialect: Dialect) -> Any:
+def load_weights(checkpoint: Checkpoint, key: str, dialect: Dialect, weights: SharedWeights) -> Any:
     """The model; one that can be shown pictures as a `PictureModel`. On the device thread."""
+    path = checkpoint.path
     if dialect.pictures is not None:
         from mlx_vlm.utils import load_model as load_sighted
 
@@ -181,9 +216,7 @@ def load_weights(path: Path, dialect: Dialect) -> Any:
         if problem is None:
             return model
         log.warning("%s cannot be shown pictures: %s", path.name, problem)
-    from mlx_lm.utils import load_model
-
-    return load_model(path, trust_remote_code=False)[0]
+    return weights.load(checkpoint, key)
 
 
 # A gray square: 8 x 8 pixels, PNG.
@@ -191,7 +224,7 @@ _GRAY = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQV
 _SHOWN = GenerationRequest("", (Conversation((Message("user", (Image(_GRAY), "What is this?")),)),), max_tokens=1)
 
 
-def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size: int, model_key: str) -> Engine:
+def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size: int, model_key: str, adapter_key: str = "") -> Engine:
     """The engine for a loaded model. On the device thread."""
     import mlx.core as mx
 
@@ -212,7 +245,7 @@ def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size:
         needs_states=cache.needs_states,
     )
     log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks - 1, BLOCK_TOKENS)
-    keys = PrefixKeys(model_key, str(cache.token_bytes))
+    keys = PrefixKeys(model_key, str(cache.token_bytes), adapter_key)
     scheduler = Scheduler(BlockPool(num_blocks), keys, policy)
     pace = Pace(limits.prefill_budget, limits.step_s)
     disk = None

@@ -14,7 +14,7 @@ from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.embedder import LocalEmbedder
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import CacheState, Engine
-from mlx_manager.inference.loader import EngineLimits, load_dialect, load_embedder, load_engine, load_text_reader
+from mlx_manager.inference.loader import EngineLimits, SharedWeights, load_dialect, load_embedder, load_engine, load_text_reader
 from mlx_manager.inference.local_model import LocalModel
 from mlx_manager.inference.text_reader import TextReader
 
@@ -46,6 +46,7 @@ class _Entry(Generic[R, M]):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.reads_like: _Entry[R, M] = self  # a model with an adapter like the one without
         self.reading: asyncio.Task[R] | None = None
         self.loading: asyncio.Task[M] | None = None
         self.model: M | None = None
@@ -64,7 +65,7 @@ class _Entry(Generic[R, M]):
         """Any thread."""
         raise NotImplementedError
 
-    def load(self, reader: R, device: Device, limits: EngineLimits) -> M:
+    def load(self, reader: R, device: Device, limits: EngineLimits, weights: SharedWeights) -> M:
         """On the device thread."""
         raise NotImplementedError
 
@@ -75,15 +76,15 @@ class _TextEntry(_Entry[Dialect, LocalModel]):
     def read(self) -> Dialect:
         return load_dialect(self.checkpoint.path, self.checkpoint.context_length, sees=self.checkpoint.kind == "vision")
 
-    def load(self, reader: Dialect, device: Device, limits: EngineLimits) -> LocalModel:
-        return LocalModel(reader, load_engine(self.checkpoint.path, reader, device, limits))
+    def load(self, reader: Dialect, device: Device, limits: EngineLimits, weights: SharedWeights) -> LocalModel:
+        return LocalModel(reader, load_engine(self.checkpoint, reader, device, limits, weights))
 
 
 class _EmbeddingEntry(_Entry[TextReader, LocalEmbedder]):
     def read(self) -> TextReader:
         return load_text_reader(self.checkpoint)
 
-    def load(self, reader: TextReader, device: Device, limits: EngineLimits) -> LocalEmbedder:
+    def load(self, reader: TextReader, device: Device, limits: EngineLimits, weights: SharedWeights) -> LocalEmbedder:
         return LocalEmbedder(reader, load_embedder(self.checkpoint, device, limits))
 
 
@@ -103,6 +104,7 @@ class Pool:
         self._device = device
         self._find = find_checkpoints
         self._limits = limits
+        self._weights = SharedWeights()
         self._entries: dict[str, _AnyEntry] = {}
         self._waiting: set[asyncio.Future[str]] = set()  # one for each who waits for a load; its result ends the wait
         self._notice(find_checkpoints())
@@ -113,12 +115,19 @@ class Pool:
 
     def _notice(self, checkpoints: list[Checkpoint]) -> None:
         found = {c.id: c for c in checkpoints if c.kind in _ENTRIES}
-        for model_id, checkpoint in found.items():
+        for model_id, checkpoint in sorted(found.items(), key=lambda item: item[1].adapter is not None):  # bases first
             entry = self._entries.get(model_id)
             if entry is None or (entry.state in ("cold", "failed") and entry.checkpoint != checkpoint):
-                self._entries[model_id] = _ENTRIES[checkpoint.kind](checkpoint)
+                self._entries[model_id] = self._new_entry(checkpoint)
         for model_id in [i for i, e in self._entries.items() if i not in found and e.state in ("cold", "failed")]:
             del self._entries[model_id]
+
+    def _new_entry(self, checkpoint: Checkpoint) -> _AnyEntry:
+        entry = _ENTRIES[checkpoint.kind](checkpoint)
+        base = None if checkpoint.adapter is None else self._entries.get(checkpoint.base_id)
+        if isinstance(entry, _TextEntry) and isinstance(base, _TextEntry):
+            entry.reads_like = base
+        return entry
 
     def statuses(self) -> list[ModelStatus]:
         """Every model, by id."""
@@ -186,17 +195,18 @@ class Pool:
 
     async def _read(self, entry: _Entry[R, Any]) -> R:
         model_id = entry.checkpoint.id
-        if entry.reading is None:
-            entry.reading = asyncio.create_task(asyncio.to_thread(entry.read))
-            entry.reading.add_done_callback(_seen)
-        reading = entry.reading
+        holder = entry.reads_like
+        if holder.reading is None:
+            holder.reading = asyncio.create_task(asyncio.to_thread(holder.read))
+            holder.reading.add_done_callback(_seen)
+        reading = holder.reading
         try:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            if entry.reading is reading:  # another who waited for it may have begun anew
-                entry.reading = None
+            if holder.reading is reading:  # another who waited for it may have begun anew
+                holder.reading = None
             entry.error = f"its tokenizer or configuration could not be read ({type(error).__name__})"
             log.exception("model %s: the tokenizer or configuration could not be read", model_id)
             raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
@@ -216,12 +226,13 @@ class Pool:
         entry.error = None
         try:
             reader = await self._read(entry)
-            entry.model = await self._device.run(lambda: entry.load(reader, self._device, self._limits))
+            entry.model = await self._device.run(lambda: entry.load(reader, self._device, self._limits, self._weights))
         except ModelLoadFailed:
             raise
         except Exception as error:
-            path = str(entry.checkpoint.path)
-            entry.error = f"its weights could not be read ({error})".replace(f"{path}/", "").replace(path, "its folder")
+            entry.error = f"its weights could not be read ({error})"
+            for path in (entry.checkpoint.path, *([entry.checkpoint.adapter.path] if entry.checkpoint.adapter else [])):
+                entry.error = entry.error.replace(f"{path}/", "").replace(str(path), "its folder")
             log.exception("model %s could not be loaded", model_id)
             raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
         else:

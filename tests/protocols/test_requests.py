@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, ToolCall
+from mlx_manager.core.messages import Image, ToolCall, Video
 from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
@@ -183,7 +183,53 @@ def test_pictures_stay_where_they_were_in_the_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "b"}]
     (message,) = conversation(messages=[{"role": "user", "content": parts}]).messages
     assert message.content == ("a", Image(b"picture"), "b")
-    assert message.images[0].where == "messages[0].content[1].image_url"
+    assert message.media[0].where == "messages[0].content[1].image_url"
+
+
+def test_a_clip_stands_where_the_client_put_it() -> None:
+    url = "data:video/mp4;base64," + base64.b64encode(b"clip").decode()
+    parts = [{"type": "text", "text": "a"}, {"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "b"}]
+    (message,) = conversation(messages=[{"role": "user", "content": parts}]).messages
+    assert message.content == ("a", Video(b"clip", 8), "b")
+    assert message.media[0].where == "messages[0].content[1].video_url"
+    for num_frames in (1, 32):
+        parts[1] = {"type": "video_url", "video_url": {"url": url.replace("mp4", "WebM;codecs=vp8,opus"), "num_frames": num_frames}}
+        assert conversation(messages=[{"role": "user", "content": parts}]).messages[0].content[1] == Video(b"clip", num_frames)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/a.mp4",
+        "file:///etc/passwd",
+        "data:video/mp4,abc",
+        "data:image/png;base64,YQ==",
+        "data:;base64,YQ==",
+        "data:video/mp4;base64,?",
+        f"data:video/mp4;{'a' * 300};base64,YQ==",
+        "xdata:video/mp4;base64,YQ==",
+        "",
+    ],
+)
+def test_a_clip_that_is_none_is_refused_by_its_field(url: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}])
+    assert refused.value.param == "messages[0].content[0].video_url"
+
+
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "video_url"}, "video_url"),
+        ({"type": "video_url", "video_url": {}}, "video_url.url"),
+        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ==", "num_frames": 0}}, "video_url.num_frames"),
+        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ==", "num_frames": 33}}, "video_url.num_frames"),
+    ],
+)
+def test_what_is_said_of_a_clip_is_checked(part: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(messages=[{"role": "user", "content": [part]}])
+    assert refused.value.param == f"messages[0].content[0].{param}"
 
 
 @pytest.mark.parametrize(

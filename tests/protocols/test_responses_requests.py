@@ -242,7 +242,7 @@ def test_pictures_stay_where_they_were_in_the_text_of_users_and_tools() -> None:
     ]
     said = messages({"role": "user", "content": parts}, {"type": "function_call_output", "call_id": "c", "output": parts})
     assert [m.content for m in said] == [("a", Image(b"picture"), "b")] * 2
-    assert [m.images[0].where for m in said] == ["input[0].content[1].image_url", "input[1].output[1].image_url"]
+    assert [m.media[0].where for m in said] == ["input[0].content[1].image_url", "input[1].output[1].image_url"]
     refused = refusal(input=[{"role": "developer", "content": parts}])
     assert refused.param == "input[0].content[1].type"
 

@@ -1,4 +1,4 @@
-"""Pictures and files as clients send them → what was in them. Nothing is decoded here, nor fetched."""
+"""Pictures, videos and files as clients send them → what was in them. Nothing is decoded here, nor fetched."""
 
 import base64
 import binascii
@@ -6,10 +6,15 @@ import re
 from typing import Any
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image
+from mlx_manager.core.messages import Image, Video
 
 MAX_IMAGE_BYTES = 20 << 20
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
+VIDEO_TYPES = ("video/mp4", "video/quicktime", "video/webm")
+# What is looked at of a video unless the client says how much.
+NUM_FRAMES = 8
+# Browsers name the codecs of what they record in its address, with commas that do not belong there.
+_MAX_VIDEO_HEAD = 256
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*?(;base64)?,(.*)", re.DOTALL | re.IGNORECASE)
 
 
@@ -32,10 +37,25 @@ def image_from_base64(data: str, media_type: str, where: str) -> Image:
         raise InvalidField(f"Invalid '{where}': a picture is one of {', '.join(IMAGE_TYPES)}.", param=where)
     if len(data) * 3 // 4 > MAX_IMAGE_BYTES:
         raise InvalidField(f"Invalid '{where}': a picture has {MAX_IMAGE_BYTES >> 20} MB at most.", param=where)
+    return Image(_from_base64(data, where), where)
+
+
+def _from_base64(data: str, where: str) -> bytes:
     try:
-        return Image(base64.b64decode(re.sub(r"\s", "", data), validate=True), where)
+        return base64.b64decode(re.sub(r"\s", "", data), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidField(f"Invalid '{where}': it is not base64.", param=where) from None
+
+
+def video_from_url(url: str, num_frames: int | None, where: str) -> Video:
+    """Raises `InvalidField`, naming `where`, for anything but a `data:` URL that holds a video in base64."""
+    head, mark, _ = url[:_MAX_VIDEO_HEAD].lower().partition(";base64,")
+    scheme, _, media_type = head.partition(";")[0].partition(":")
+    if scheme != "data" or not mark:
+        raise InvalidField(f"Invalid '{where}': videos are taken from 'data:' URLs in base64 only; this server fetches none.", param=where)
+    if media_type not in VIDEO_TYPES:
+        raise InvalidField(f"Invalid '{where}': a video is one of {', '.join(VIDEO_TYPES)}.", param=where)
+    return Video(_from_base64(url[len(head) + len(mark) :], where), NUM_FRAMES if num_frames is None else num_frames, where)
 
 
 def file_text(file: dict[str, Any], where: str) -> str:

@@ -192,7 +192,7 @@ class _History:
         if isinstance(content, str):
             return [core.Message("user", content)]
         messages = list[core.Message]()
-        said = list[str | core.Image]()
+        said = list[core.Part]()
         for i, block in enumerate(content):
             here = f"{where}[{i}]"
             match block:
@@ -212,7 +212,7 @@ class _History:
     def _assistant_turn(self, content: str | Sequence[schema.ContentBlock], where: str) -> core.Message:
         if isinstance(content, str):
             return core.Message("assistant", content)
-        said = list[str | core.Image]()
+        said = list[core.Part]()
         thoughts = list[str]()
         calls = list[core.ToolCall]()
         for i, block in enumerate(content):
@@ -244,7 +244,7 @@ class _History:
         return thought
 
     def _result(self, block: schema.ToolResultBlock, where: str) -> core.Content:
-        said: list[str | core.Image] = ["Error: "] if block.is_error else []
+        said: list[core.Part] = ["Error: "] if block.is_error else []
         if isinstance(block.content, str):
             said.append(block.content)
         else:
@@ -252,7 +252,7 @@ class _History:
                 said += self._parts(inner, f"{where}.content[{i}]")
         return core.content_of(said)
 
-    def _parts(self, block: schema.ContentBlock, where: str) -> list[str | core.Image]:
+    def _parts(self, block: schema.ContentBlock, where: str) -> list[core.Part]:
         """What a block says, of those that any turn may hold or that nobody here knows."""
         match block:
             case schema.TextBlock():
@@ -275,7 +275,7 @@ class _History:
             else:
                 self.without_effect.append(f"{path}.{block.type}")
 
-    def _other(self, block: schema.Other, path: str) -> list[str | core.Image]:
+    def _other(self, block: schema.Other, path: str) -> list[core.Part]:
         """What Anthropic's servers did, in short; nothing for what is not known."""
         fields = block.model_extra or {}
         if block.type.endswith("tool_use"):
@@ -287,7 +287,7 @@ class _History:
             return []
         return [f"[{block.type}: {told[:_TOLD_CHARS]}]\n"]
 
-    def _document(self, block: schema.DocumentBlock, where: str) -> list[str | core.Image]:
+    def _document(self, block: schema.DocumentBlock, where: str) -> list[core.Part]:
         title = [f"{line}\n" for line in (block.title, block.context) if line]
         source, here = block.source, f"{where}.source"
         match source.type:
@@ -343,7 +343,7 @@ def _one_turn(first: core.Message, then: core.Message) -> core.Message:
     )
 
 
-def _in_parts(content: core.Content) -> tuple[str | core.Image, ...]:
+def _in_parts(content: core.Content) -> tuple[core.Part, ...]:
     return (content,) if isinstance(content, str) else content
 
 

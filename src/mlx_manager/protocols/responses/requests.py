@@ -350,7 +350,7 @@ class _ItemReader:
     def _content(self, content: schema.Content, where: str, role: str) -> core.Content:
         if isinstance(content, str):
             return content
-        parts: list[str | core.Image] = []
+        parts: list[core.Part] = []
         for i, part in enumerate(content):
             match part:
                 case schema.Part():
@@ -360,7 +360,7 @@ class _ItemReader:
         return core.content_of(parts)
 
 
-def _part(part: schema.Part, where: str, role: str) -> str | core.Image:
+def _part(part: schema.Part, where: str, role: str) -> core.Part:
     match part.type:
         case "input_text" | "output_text" | "text":
             if part.text is None:

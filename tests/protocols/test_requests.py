@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, ToolCall, Video
+from mlx_manager.core.messages import Image, RemoteImage, ToolCall, Video
 from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
@@ -186,6 +186,13 @@ def test_pictures_stay_where_they_were_in_the_text() -> None:
     assert message.media[0].where == "messages[0].content[1].image_url"
 
 
+@pytest.mark.parametrize("url", ["http://example.com/a.png", "HTTPS://user@127.1:80\\@a/", "https://"])
+def test_a_picture_that_is_elsewhere_is_left_to_who_may_fetch_it(url: str) -> None:
+    (message,) = conversation(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]).messages
+    assert message.content == (RemoteImage(url),)
+    assert message.media[0].where == "messages[0].content[0].image_url"
+
+
 def test_a_clip_stands_where_the_client_put_it() -> None:
     url = "data:video/mp4;base64," + base64.b64encode(b"clip").decode()
     parts = [{"type": "text", "text": "a"}, {"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "b"}]
@@ -233,7 +240,17 @@ def test_what_is_said_of_a_clip_is_checked(part: dict[str, Any], param: str) -> 
 
 
 @pytest.mark.parametrize(
-    "url", ["http://example.com/a.png", "file:///etc/passwd", "data:image/png,abc", "data:text/html;base64,YQ==", "x", ""]
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://example.com/a.png",
+        "http:/a.png",
+        " http://a/",
+        "data:image/png,abc",
+        "data:text/html;base64,YQ==",
+        "x",
+        "",
+    ],
 )
 def test_a_picture_that_is_none_is_refused_by_its_field(url: str) -> None:
     with pytest.raises(InvalidField) as refused:

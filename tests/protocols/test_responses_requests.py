@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from openai.types.responses import input_token_count_params, response_create_params
 
 from mlx_manager.core.errors import InvalidField, NotFound
-from mlx_manager.core.messages import Image, Message, ToolCall
+from mlx_manager.core.messages import Image, Message, RemoteImage, ToolCall
 from mlx_manager.core.requests import AnyJson, Conversation, JsonSchema, Reasoning, ToolChoice, ToolSpec
 from mlx_manager.protocols.openai.requests import read_chat
 from mlx_manager.protocols.responses import schema
@@ -247,7 +247,14 @@ def test_pictures_stay_where_they_were_in_the_text_of_users_and_tools() -> None:
     assert refused.param == "input[0].content[1].type"
 
 
-@pytest.mark.parametrize("url", ["http://example.com/a.png", "data:image/png,abc", "data:text/html;base64,YQ==", "x", "", None])
+def test_a_picture_that_is_elsewhere_is_left_to_who_may_fetch_it() -> None:
+    parts = [{"type": "input_image", "image_url": "https://example.com/a.png"}]
+    (message,) = conversation(input=[{"role": "user", "content": parts}]).messages
+    assert message.content == (RemoteImage("https://example.com/a.png"),)
+    assert message.media[0].where == "input[0].content[0].image_url"
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "data:image/png,abc", "data:text/html;base64,YQ==", "x", "", None])
 def test_a_picture_that_is_none_is_refused_in_the_words_that_codex_looks_for(url: str | None) -> None:
     refused = refusal(input=[{"role": "user", "content": [{"type": "input_image", "image_url": url}]}])
     assert (refused.param, refused.code) == ("input[0].content[0].image_url", "invalid_value")

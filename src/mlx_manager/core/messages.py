@@ -24,7 +24,15 @@ class Video:
     where: str = field(default="messages", compare=False)
 
 
-Media = Image | Video
+@dataclass(frozen=True, slots=True)
+class RemoteImage:
+    """A picture that the client only named. The gateway fetches it, or refuses it, before a model sees the request."""
+
+    url: str
+    where: str = field(default="messages", compare=False)
+
+
+Media = Image | Video | RemoteImage
 Part = str | Media
 # Text; or, where there is something to look at, text and that in their order.
 Content = str | tuple[Part, ...]

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, Video
+from mlx_manager.core.messages import Image, RemoteImage, Video
 
 MAX_IMAGE_BYTES = 20 << 20
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
@@ -18,13 +18,14 @@ _MAX_VIDEO_HEAD = 256
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*?(;base64)?,(.*)", re.DOTALL | re.IGNORECASE)
 
 
-def image_from_url(url: str, where: str) -> Image:
-    """Raises `InvalidField`, naming `where`, for anything but a `data:` URL that holds a picture in base64."""
+def image_from_url(url: str, where: str) -> Image | RemoteImage:
+    """Raises `InvalidField`, naming `where`, for a `data:` URL that holds no picture in base64, and for all that is no URL of the web.
+    Whether those are fetched is for others to say."""
+    if url[:8].lower().startswith(("http://", "https://")):
+        return RemoteImage(url, where)
     match = _DATA_URL.fullmatch(url)
     if match is None:
-        raise InvalidField(
-            f"Invalid '{where}': pictures are taken from 'data:' URLs only; this server fetches none.", param=where, code="invalid_value"
-        )
+        raise InvalidField(f"Invalid '{where}': expected a picture as a 'data:' URL.", param=where)
     media_type, is_base64, data = match.groups()
     if not is_base64:
         raise InvalidField(f"Invalid '{where}': the picture must be in base64.", param=where)

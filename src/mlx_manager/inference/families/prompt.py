@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, Message, Video
+from mlx_manager.core.messages import Image, Media, Message, RemoteImage, Video
 from mlx_manager.core.requests import Conversation, Prompt, RawPrompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
 from mlx_manager.inference.picture import Frame, Picture, PlacedPicture
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # Of our seven the three that templates know.
 _EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+_NOT_HERE = "pictures were fetched before"
 _NO_VIDEOS: Mapping[Video, Sequence[Frame]] = MappingProxyType({})
 _BREAK = "\ufdd0"  # a noncharacter: no text may contain it, and what does has it removed
 
@@ -95,7 +96,7 @@ class PromptRenderer:
                 end = text.rstrip()
                 opened = next((tag for tag in self._family.reasoning_tags if end.endswith(tag.open)), None)
                 shown = (part for message in prompt.messages for part in message.media)
-                images = [image for part in shown for image in (videos[part] if isinstance(part, Video) else (part,))]
+                images = [image for part in shown for image in _pictures_of(part, videos)]
                 return self._with_pictures(tokens, images, opened) if images else Rendered(tuple(tokens), opened)
 
     def _watched(self, conversation: Conversation) -> dict[Video, tuple[Frame, ...]]:
@@ -198,6 +199,8 @@ class PromptRenderer:
                     frames = videos[part]
                     parts.append({"type": "text", "text": f"Video, {len(frames)} frames:" if len(frames) > 1 else "Video, 1 frame:"})
                     parts += [{"type": "image"}] * len(frames)
+                case RemoteImage():
+                    raise AssertionError(_NOT_HERE)
         return parts
 
     def _call_id(self, call_id: str) -> str:
@@ -234,3 +237,13 @@ class PromptRenderer:
                 return [self._defused(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
             case _:
                 return value
+
+
+def _pictures_of(part: Media, videos: Mapping[Video, Sequence[Frame]]) -> Sequence[Image | Frame]:
+    match part:
+        case Image():
+            return (part,)
+        case Video():
+            return videos[part]
+        case RemoteImage():
+            raise AssertionError(_NOT_HERE)

@@ -27,7 +27,7 @@ from mlx_manager.protocols.anthropic import schema
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import image_from_base64
+from mlx_manager.protocols.media import image_from_base64, image_from_url
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Wanted
 
@@ -368,9 +368,11 @@ def _continued(messages: list[core.Message], wire: schema.CountRequest) -> tuple
     return True, messages
 
 
-def _image(source: schema.ImageSource, where: str) -> core.Image:
-    if source.type != "base64":
+def _image(source: schema.ImageSource, where: str) -> core.Media:
+    if source.type == "file":
         raise _elsewhere("a picture", where)
+    if source.type == "url":
+        return image_from_url(_required(source.url, f"{where}.url"), f"{where}.url")
     return image_from_base64(_required(source.data, f"{where}.data"), _required(source.media_type, f"{where}.media_type"), where)
 
 

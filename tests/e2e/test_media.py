@@ -310,3 +310,25 @@ def test_a_path_says_nothing_of_what_is_there(client: OpenAI) -> None:
             ask(client, linked(url))
         messages.add(refused.value.message)
     assert len(messages) == 1
+
+
+@pytest.mark.requirement("M3")
+def test_what_a_picture_is_follows_from_its_bytes(client: OpenAI) -> None:
+    for kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        for said in ("png", "jpeg", "webp", "gif"):
+            url = f"data:image/{said};base64,{encoded('green', kind)}"
+            assert ask(client, linked(url)).choices[0].message.content == "The image is green."
+    for data in (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(50), b"%PDF-1.7", b"BM" + bytes(60)):
+        with pytest.raises(BadRequestError, match="the picture could not be read") as refused:
+            ask(client, linked(f"data:image/png;base64,{base64.b64encode(data).decode()}"))
+        assert refused.value.param == "messages[0].content[0].image_url"
+    with pytest.raises(BadRequestError, match="a picture is one of image/png, image/jpeg, image/webp, image/gif"):
+        ask(client, linked("data:image/svg+xml;base64,PHN2Zy8+"))
+
+
+def test_a_request_has_so_many_pictures_and_no_more(client: OpenAI) -> None:
+    url = f"data:image/png;base64,{encoded('green')}"
+    assert ask(client, linked(*[url] * 32)).usage.prompt_tokens > 32 * 4
+    with pytest.raises(BadRequestError, match="a request has 32 pictures at most") as refused:
+        ask(client, linked(*[url] * 33))
+    assert refused.value.param == "messages[0].content[32].image_url"

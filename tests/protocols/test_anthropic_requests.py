@@ -249,6 +249,13 @@ def test_a_block_that_cannot_be_read_is_refused_by_its_field(block: dict[str, An
     assert error.param in error.message
 
 
+def test_a_request_has_so_many_pictures_and_no_more() -> None:
+    assert len(said(user(*[PICTURE] * 32))[0].media) == 32
+    with pytest.raises(InvalidField, match="a request has 32 pictures at most") as refused:
+        said(user(*[PICTURE] * 16), {"role": "assistant", "content": "Hm."}, user(*[PICTURE] * 17))
+    assert refused.value.param == "messages[2].content[16].source"
+
+
 def test_a_picture_that_is_elsewhere_is_left_to_who_may_fetch_it() -> None:
     block = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [block]}

@@ -193,6 +193,26 @@ def test_a_picture_that_is_elsewhere_is_left_to_who_may_fetch_it(url: str) -> No
     assert message.media[0].where == "messages[0].content[0].image_url"
 
 
+def test_a_request_has_so_many_pictures_and_no_more() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,YQ=="}}
+    clip = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ=="}}
+    named = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+
+    def ask(*turns: list[dict[str, Any]]) -> int:
+        return sum(len(m.media) for m in conversation(messages=[{"role": "user", "content": parts} for parts in turns]).messages)
+
+    assert ask([picture] * 16, [named] * 16) == 32
+    assert ask([clip] * 4) == 4
+    for turns, param in (
+        (([picture] * 16, [named] * 17), "messages[1].content[16].image_url"),
+        (([clip] * 5,), "messages[0].content[4].video_url"),
+        (([picture], [clip] * 4), "messages[1].content[3].video_url"),
+    ):
+        with pytest.raises(InvalidField, match="a request has 32 pictures at most") as refused:
+            ask(*turns)
+        assert refused.value.param == param
+
+
 def test_a_clip_stands_where_the_client_put_it() -> None:
     url = "data:video/mp4;base64," + base64.b64encode(b"clip").decode()
     parts = [{"type": "text", "text": "a"}, {"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "b"}]

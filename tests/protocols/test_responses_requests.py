@@ -247,6 +247,14 @@ def test_pictures_stay_where_they_were_in_the_text_of_users_and_tools() -> None:
     assert refused.param == "input[0].content[1].type"
 
 
+def test_a_request_has_so_many_pictures_and_no_more() -> None:
+    parts = [{"type": "input_image", "image_url": PICTURE}] * 32
+    assert len(conversation(input=[{"role": "user", "content": parts}]).messages[0].media) == 32
+    refused = refusal(input=[{"role": "user", "content": parts}, {"role": "user", "content": parts}])
+    assert (refused.param, refused.code) == ("input[1].content[0].image_url", "invalid_value")
+    assert "32 pictures at most" in refused.message
+
+
 def test_a_picture_that_is_elsewhere_is_left_to_who_may_fetch_it() -> None:
     parts = [{"type": "input_image", "image_url": "https://example.com/a.png"}]
     (message,) = conversation(input=[{"role": "user", "content": parts}]).messages

@@ -23,6 +23,8 @@ from mlx_manager.inference.video_reader import digest_of, frames_of
 
 MAX_PIXELS = 25_000_000
 MAX_SIDE = 2048
+# The first of them is shown.
+MAX_FRAMES = 64
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _MAX_KEPT_BYTES = 128 << 20
 _MAX_FRAME_BYTES = 64 << 20
@@ -95,6 +97,8 @@ def decoded(image: Image) -> Pillow.Image:
                     f"Invalid '{where}': a picture has {MAX_PIXELS // 1_000_000} million pixels at most, and this one {width * height:,}.",
                     param=where,
                 )
+            if (_gif_frames(image.data) if opened.format == "GIF" else getattr(opened, "n_frames", 1)) > MAX_FRAMES:
+                raise InvalidField(f"Invalid '{where}': an animated picture has {MAX_FRAMES} frames at most.", param=where)
             opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
             flat = opened.convert("RGBA") if "transparency" in opened.info or opened.mode in ("RGBA", "LA", "PA") else opened.convert("RGB")
     except InvalidField:
@@ -106,6 +110,29 @@ def decoded(image: Image) -> Pillow.Image:
         flat = Pillow.alpha_composite(white, flat).convert("RGB")
     flat.thumbnail((MAX_SIDE, MAX_SIDE))
     return flat
+
+
+def _gif_frames(data: bytes) -> int:
+    """How many there are, as far as it matters: Pillow would go through all of them."""
+    at = 13 + _table_bytes(data[10])
+    num_frames = 0
+    while num_frames <= MAX_FRAMES and at + 10 <= len(data):
+        match data[at]:
+            case 0x2C:  # a frame: where it goes, its colours, the size of its codes
+                num_frames += 1
+                at += 11 + _table_bytes(data[at + 9])
+            case 0x21:  # an extension
+                at += 2
+            case _:
+                break
+        while at < len(data) and data[at]:  # its blocks, the last of them empty
+            at += 1 + data[at]
+        at += 1
+    return num_frames
+
+
+def _table_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _names(digest: bytes, count: int, vocab_size: int) -> Iterable[int]:

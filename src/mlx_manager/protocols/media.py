@@ -3,12 +3,15 @@
 import base64
 import binascii
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, RemoteImage, Video
+from mlx_manager.core.messages import Image, Message, RemoteImage, Video
 
 MAX_IMAGE_BYTES = 20 << 20
+# Of a request, with its whole history.
+MAX_PICTURES = 32
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 VIDEO_TYPES = ("video/mp4", "video/quicktime", "video/webm")
 # What is looked at of a video unless the client says how much.
@@ -16,6 +19,16 @@ NUM_FRAMES = 8
 # Browsers name the codecs of what they record in its address, with commas that do not belong there.
 _MAX_VIDEO_HEAD = 256
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*?(;base64)?,(.*)", re.DOTALL | re.IGNORECASE)
+
+
+def check_pictures(messages: Iterable[Message]) -> None:
+    """Raises `InvalidField`, naming the first that is one too many. A video counts as its frames."""
+    num_pictures = 0
+    for part in (part for message in messages for part in message.media):
+        num_pictures += part.num_frames if isinstance(part, Video) else 1
+        if num_pictures > MAX_PICTURES:
+            text = f"a request has {MAX_PICTURES} pictures at most, each frame that is shown of a video among them"
+            raise InvalidField(f"Invalid '{part.where}': {text}.", param=part.where)
 
 
 def image_from_url(url: str, where: str) -> Image | RemoteImage:

@@ -27,7 +27,7 @@ from mlx_manager.protocols.anthropic import schema
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.fields import Rule, ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import image_from_base64, image_from_url
+from mlx_manager.protocols.media import check_pictures, image_from_base64, image_from_url
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Wanted
 
@@ -95,6 +95,7 @@ def _wanted(wire: schema.CountRequest, ignored: tuple[str, ...], seal: Seal) -> 
     continues, messages = _continued(messages, wire)
     if not messages:
         raise InvalidField("Invalid 'messages': there is nothing in them to answer.", param="messages")
+    check_pictures(messages)
     conversation = Conversation(
         messages=tuple(messages),
         tools=tools,

@@ -28,7 +28,7 @@ from mlx_manager.core.requests import (
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.fields import Rule, invalid_field, quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import file_text, image_from_url, video_from_url
+from mlx_manager.protocols.media import check_pictures, file_text, image_from_url, video_from_url
 from mlx_manager.protocols.openai import schema
 from mlx_manager.protocols.openai.checked import checked
 from mlx_manager.protocols.wire import Wanted
@@ -85,8 +85,10 @@ def conversation_of(wire: schema.ChatRequest) -> Conversation:
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InvalidField(f"Two tools are named '{name}': every tool needs a name of its own.", param=f"tools[{i}].function.name")
+    messages = tuple(_message(m, i) for i, m in enumerate(wire.messages))
+    check_pictures(messages)
     return Conversation(
-        messages=tuple(_message(m, i) for i, m in enumerate(wire.messages)),
+        messages=messages,
         tools=tools,
         tool_choice=_tool_choice(wire.tool_choice, names),
         reasoning=_reasoning(wire),

@@ -26,7 +26,7 @@ from mlx_manager.core.requests import (
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.fields import ignored_fields, invalid_field, quoted, unknown_inside, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import file_text, image_from_url
+from mlx_manager.protocols.media import check_pictures, file_text, image_from_url
 from mlx_manager.protocols.responses import schema
 from mlx_manager.protocols.responses.custom_input import PARAMETER, write_input
 from mlx_manager.protocols.responses.history import Item, Kept
@@ -93,6 +93,7 @@ def read_responses(body: bytes, past: Past, seal: Seal) -> ResponsesWanted:
     for entry in entries:
         reader.read(entry.wire, entry.where)
     spoken = reader.finish() or [core.Message("user", "")]  # a probe: there must be something to render
+    check_pictures(spoken)
     instructions = [] if wire.instructions is None else [core.Message("system", wire.instructions)]
     wants_logprobs = LOGPROBS in (wire.include or ())
     output, output_field = _output(wire.text)

@@ -22,6 +22,7 @@ from mlx_manager.config import Config
 from mlx_manager.core.errors import EngineFault
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
+from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.hub.checkpoint import Checkpoint
 from mlx_manager.hub.local import UnusableModel, find_models, hub_cache_folder
 from mlx_manager.inference.blas import keep_freed_memory
@@ -50,14 +51,15 @@ def build_services(config: Config) -> Services:
         check_every=256 if config.log_level == "debug" else 0,
     )
     pool = Pool(device, _finder(config), limits)
+    media = RemoteMedia(config.remote_media_hosts, allows_http=config.remote_media_http)
     metrics = telemetry.Metrics(pool.engines)
     gateway = Gateway(
-        LocalBackend(pool),
+        LocalBackend(pool, media),
         max_requests=config.max_concurrent_requests,
         listeners=(metrics.record, telemetry.trace_exchange),
     )
     seal = Seal(lambda: read_or_make_key(config.reasoning_key_path))
-    return Services(config, device, pool, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
+    return Services(config, device, pool, media, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
 
 
 def _finder(config: Config) -> Callable[[], list[Checkpoint]]:
@@ -190,6 +192,8 @@ def serve(config: Config) -> None:
     """Runs until a signal."""
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every start that it did nothing
+    for name in ("httpx2", "httpcore2"):  # they write addresses down, and some of these are secrets
+        logging.getLogger(name).setLevel(logging.WARNING)
     telemetry.configure_logfire()
     keep_freed_memory()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -34,6 +34,10 @@ class Config(BaseSettings):
     api_key: SecretStr | None = Field(None, description="If set, every request but health checks must carry it.")
     allowed_hosts: Several = Field((), description="Further names that `Host` may have, separated by commas.")
     allowed_origins: Several = Field((), description="Web origins that may call the API from a browser, separated by commas.")
+    remote_media_hosts: Several = Field(
+        (), description="Hosts that pictures are fetched from, separated by commas; '*' is any. None: nothing is fetched."
+    )
+    remote_media_http: bool = Field(False, description="Fetch pictures by plain http too.")
     max_concurrent_requests: int = Field(256, ge=1, description="More than these at a time are answered 503.")
     max_batch: int = Field(32, ge=1, description="Sequences that one model decodes together.")
     prefill_budget: int = Field(2048, ge=1, description="Prompt tokens that a model computes at most between two decode steps.")
@@ -53,7 +57,7 @@ class Config(BaseSettings):
     def _paths(cls, value: object) -> object:
         return tuple(p for p in value.split(os.pathsep) if p) if isinstance(value, str) else value
 
-    @field_validator("allowed_hosts", "allowed_origins", "endpoint_priority", mode="before")
+    @field_validator("allowed_hosts", "allowed_origins", "remote_media_hosts", "endpoint_priority", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         return tuple(n.strip() for n in value.split(",") if n.strip()) if isinstance(value, str) else value

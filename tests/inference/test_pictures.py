@@ -3,7 +3,11 @@
 import asyncio
 import io
 import random
+import struct
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +28,7 @@ from mlx_manager.inference.engine.sequence import SequenceSpec
 from mlx_manager.inference.loader import EngineLimits, load_dialect
 from mlx_manager.inference.loader import make_engine as build_engine
 from mlx_manager.inference.local_model import LocalModel
-from mlx_manager.inference.picture_reader import MAX_PIXELS, MAX_SIDE, decoded
+from mlx_manager.inference.picture_reader import MAX_FRAMES, MAX_PIXELS, MAX_SIDE, _gif_frames, decoded
 from tests.fixtures.make.vision import COLOURS, paint
 from tests.inference.fixture_models import attached, folder, receive, within
 
@@ -221,6 +225,82 @@ def test_a_small_file_that_holds_a_huge_picture_is_refused_before_it_is_decoded(
     with pytest.raises(InvalidField, match="25 million pixels") as refused:
         decoded(Image(bomb, "messages[3].content[1].image_url"))
     assert refused.value.param == "messages[3].content[1].image_url"
+
+
+def animated(kind: str, num_frames: int) -> bytes:
+    frames = [Pillow.new("RGB", (8, 8), (i * 3 % 256, 255 - i, 0)) for i in range(num_frames)]
+    return encoded(Pillow.new("RGB", (8, 8), (220, 30, 30)), kind, save_all=True, append_images=frames[1:], duration=20, lossless=True)
+
+
+@pytest.mark.requirement("M4")
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_of_an_animated_picture_the_first_frame_is_shown_if_there_are_not_too_many(kind: str) -> None:
+    moving = animated(kind, MAX_FRAMES)
+    with Pillow.open(io.BytesIO(moving)) as opened:
+        assert getattr(opened, "n_frames", 1) == MAX_FRAMES
+    assert np.abs(np.asarray(decoded(Image(moving)), np.int16) - (220, 30, 30)).max() < 12
+    with pytest.raises(InvalidField, match="an animated picture has 64 frames at most") as refused:
+        decoded(Image(animated(kind, MAX_FRAMES + 1), "messages[0].content[1].image_url"))
+    assert refused.value.param == "messages[0].content[1].image_url"
+
+
+@pytest.mark.parametrize("options", [{}, {"interlace": True}, {"comment": b"x" * 700}, {"loop": 3}, {"transparency": 0, "disposal": 2}])
+@pytest.mark.parametrize("num_frames", [1, 2, 40])
+def test_the_frames_of_a_gif_are_counted_as_pillow_counts_them(num_frames: int, options: dict[str, Any]) -> None:
+    frames = [painted(list(COLOURS)[i % 12], i).resize((70 + i % 3, 60)) for i in range(num_frames)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], **options)
+    with Pillow.open(io.BytesIO(data)) as opened:
+        assert _gif_frames(data) == getattr(opened, "n_frames", 1)
+    for cut in range(13, len(data), max(1, len(data) // 50)):
+        assert 0 <= _gif_frames(data[:cut]) <= num_frames
+
+
+BOMBS_ARE_REFUSED = """
+import resource, sys
+from mlx_manager.core.errors import InvalidField
+from mlx_manager.core.messages import Image
+from mlx_manager.inference.picture_reader import decoded
+
+bombs = [open(path, "rb").read() for path in sys.argv[1:]]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for bomb in bombs:
+    try:
+        decoded(Image(bomb))
+    except InvalidField as refused:
+        assert "25 million pixels" in refused.message, refused.message
+    else:
+        raise AssertionError("it was decoded")
+unit = 1 if sys.platform == "darwin" else 1024
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+"""
+
+
+def large_webp(side: int) -> bytes:
+    """A small frame on a large canvas."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
+
+    def number(value: int) -> bytes:
+        return struct.pack("<I", value)[:3]
+
+    small = encoded(Pillow.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
+    canvas = chunk(b"VP8X", b"\x02\0\0\0" + number(side - 1) * 2) + chunk(b"ANIM", bytes(6))
+    return chunk(b"RIFF", b"WEBP" + canvas + chunk(b"ANMF", bytes(6) + number(15) * 2 + bytes(4) + small))
+
+
+@pytest.mark.requirement("M4")
+def test_bombs_of_each_kind_cost_next_to_nothing(tmp_path: Path) -> None:
+    side = 13_000
+    huge = Pillow.new("L", (side, side))
+    bombs = {kind: encoded(huge, kind) for kind in ("PNG", "GIF", "JPEG")} | {"WEBP": large_webp(side)}
+    for kind, bomb in bombs.items():
+        (tmp_path / kind).write_bytes(bomb)
+    done = subprocess.run(
+        [sys.executable, "-c", BOMBS_ARE_REFUSED, *(str(tmp_path / kind) for kind in bombs)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100 << 20
 
 
 PNG = encoded(Pillow.new("RGB", (20, 20)))

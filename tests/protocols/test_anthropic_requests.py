@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, Message, ToolCall
+from mlx_manager.core.messages import Image, Message, RemoteImage, ToolCall
 from mlx_manager.core.requests import Conversation, JsonSchema, Reasoning, ToolChoice, ToolSpec
 from mlx_manager.protocols.anthropic import schema
 from mlx_manager.protocols.anthropic.requests import (
@@ -227,7 +227,8 @@ def test_pictures_and_documents_stand_where_they_were() -> None:
 @pytest.mark.parametrize(
     ("block", "param"),
     [
-        ({"type": "image", "source": {"type": "url", "url": "https://a/b.png"}}, "source.type"),
+        ({"type": "image", "source": {"type": "url"}}, "source.url"),
+        ({"type": "image", "source": {"type": "url", "url": "file:///etc/passwd"}}, "source.url"),
         ({"type": "image", "source": {"type": "file", "file_id": "f"}}, "source.type"),
         ({"type": "image", "source": {"type": "base64", "media_type": "image/tiff", "data": PNG}}, "source"),
         ({"type": "image", "source": {"type": "base64", "data": PNG}}, "source.media_type"),
@@ -246,6 +247,22 @@ def test_a_block_that_cannot_be_read_is_refused_by_its_field(block: dict[str, An
     error = refused(messages=[user(text("a"), block)])
     assert error.param == f"messages[0].content[1].{param}"
     assert error.param in error.message
+
+
+def test_a_request_has_so_many_pictures_and_no_more() -> None:
+    assert len(said(user(*[PICTURE] * 32))[0].media) == 32
+    with pytest.raises(InvalidField, match="a request has 32 pictures at most") as refused:
+        said(user(*[PICTURE] * 16), {"role": "assistant", "content": "Hm."}, user(*[PICTURE] * 17))
+    assert refused.value.param == "messages[2].content[16].source"
+
+
+def test_a_picture_that_is_elsewhere_is_left_to_who_may_fetch_it() -> None:
+    block = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [block]}
+    tool, message = said(user(result, block))
+    assert message.content == tool.content == (RemoteImage("https://example.com/a.png"),)
+    assert message.media[0].where == "messages[0].content[1].source.url"
+    assert tool.media[0].where == "messages[0].content[0].content[0].source.url"
 
 
 @pytest.mark.parametrize("block", [PICTURE, {"type": "tool_result", "tool_use_id": "t"}])

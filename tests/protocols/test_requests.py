@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, ToolCall
+from mlx_manager.core.messages import Image, RemoteImage, ToolCall, Video
 from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
@@ -183,11 +183,94 @@ def test_pictures_stay_where_they_were_in_the_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "b"}]
     (message,) = conversation(messages=[{"role": "user", "content": parts}]).messages
     assert message.content == ("a", Image(b"picture"), "b")
-    assert message.images[0].where == "messages[0].content[1].image_url"
+    assert message.media[0].where == "messages[0].content[1].image_url"
+
+
+@pytest.mark.parametrize("url", ["http://example.com/a.png", "HTTPS://user@127.1:80\\@a/", "https://"])
+def test_a_picture_that_is_elsewhere_is_left_to_who_may_fetch_it(url: str) -> None:
+    (message,) = conversation(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]).messages
+    assert message.content == (RemoteImage(url),)
+    assert message.media[0].where == "messages[0].content[0].image_url"
+
+
+def test_a_request_has_so_many_pictures_and_no_more() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,YQ=="}}
+    clip = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ=="}}
+    named = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+
+    def ask(*turns: list[dict[str, Any]]) -> int:
+        return sum(len(m.media) for m in conversation(messages=[{"role": "user", "content": parts} for parts in turns]).messages)
+
+    assert ask([picture] * 16, [named] * 16) == 32
+    assert ask([clip] * 4) == 4
+    for turns, param in (
+        (([picture] * 16, [named] * 17), "messages[1].content[16].image_url"),
+        (([clip] * 5,), "messages[0].content[4].video_url"),
+        (([picture], [clip] * 4), "messages[1].content[3].video_url"),
+    ):
+        with pytest.raises(InvalidField, match="a request has 32 pictures at most") as refused:
+            ask(*turns)
+        assert refused.value.param == param
+
+
+def test_a_clip_stands_where_the_client_put_it() -> None:
+    url = "data:video/mp4;base64," + base64.b64encode(b"clip").decode()
+    parts = [{"type": "text", "text": "a"}, {"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "b"}]
+    (message,) = conversation(messages=[{"role": "user", "content": parts}]).messages
+    assert message.content == ("a", Video(b"clip", 8), "b")
+    assert message.media[0].where == "messages[0].content[1].video_url"
+    for num_frames in (1, 32):
+        parts[1] = {"type": "video_url", "video_url": {"url": url.replace("mp4", "WebM;codecs=vp8,opus"), "num_frames": num_frames}}
+        assert conversation(messages=[{"role": "user", "content": parts}]).messages[0].content[1] == Video(b"clip", num_frames)
 
 
 @pytest.mark.parametrize(
-    "url", ["http://example.com/a.png", "file:///etc/passwd", "data:image/png,abc", "data:text/html;base64,YQ==", "x", ""]
+    "url",
+    [
+        "https://example.com/a.mp4",
+        "file:///etc/passwd",
+        "data:video/mp4,abc",
+        "data:image/png;base64,YQ==",
+        "data:;base64,YQ==",
+        "data:video/mp4;base64,?",
+        f"data:video/mp4;{'a' * 300};base64,YQ==",
+        "xdata:video/mp4;base64,YQ==",
+        "",
+    ],
+)
+def test_a_clip_that_is_none_is_refused_by_its_field(url: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}])
+    assert refused.value.param == "messages[0].content[0].video_url"
+
+
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "video_url"}, "video_url"),
+        ({"type": "video_url", "video_url": {}}, "video_url.url"),
+        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ==", "num_frames": 0}}, "video_url.num_frames"),
+        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ==", "num_frames": 33}}, "video_url.num_frames"),
+    ],
+)
+def test_what_is_said_of_a_clip_is_checked(part: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(messages=[{"role": "user", "content": [part]}])
+    assert refused.value.param == f"messages[0].content[0].{param}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://example.com/a.png",
+        "http:/a.png",
+        " http://a/",
+        "data:image/png,abc",
+        "data:text/html;base64,YQ==",
+        "x",
+        "",
+    ],
 )
 def test_a_picture_that_is_none_is_refused_by_its_field(url: str) -> None:
     with pytest.raises(InvalidField) as refused:

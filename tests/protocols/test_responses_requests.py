@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from openai.types.responses import input_token_count_params, response_create_params
 
 from mlx_manager.core.errors import InvalidField, NotFound
-from mlx_manager.core.messages import Image, Message, ToolCall
+from mlx_manager.core.messages import Image, Message, RemoteImage, ToolCall
 from mlx_manager.core.requests import AnyJson, Conversation, JsonSchema, Reasoning, ToolChoice, ToolSpec
 from mlx_manager.protocols.openai.requests import read_chat
 from mlx_manager.protocols.responses import schema
@@ -242,12 +242,27 @@ def test_pictures_stay_where_they_were_in_the_text_of_users_and_tools() -> None:
     ]
     said = messages({"role": "user", "content": parts}, {"type": "function_call_output", "call_id": "c", "output": parts})
     assert [m.content for m in said] == [("a", Image(b"picture"), "b")] * 2
-    assert [m.images[0].where for m in said] == ["input[0].content[1].image_url", "input[1].output[1].image_url"]
+    assert [m.media[0].where for m in said] == ["input[0].content[1].image_url", "input[1].output[1].image_url"]
     refused = refusal(input=[{"role": "developer", "content": parts}])
     assert refused.param == "input[0].content[1].type"
 
 
-@pytest.mark.parametrize("url", ["http://example.com/a.png", "data:image/png,abc", "data:text/html;base64,YQ==", "x", "", None])
+def test_a_request_has_so_many_pictures_and_no_more() -> None:
+    parts = [{"type": "input_image", "image_url": PICTURE}] * 32
+    assert len(conversation(input=[{"role": "user", "content": parts}]).messages[0].media) == 32
+    refused = refusal(input=[{"role": "user", "content": parts}, {"role": "user", "content": parts}])
+    assert (refused.param, refused.code) == ("input[1].content[0].image_url", "invalid_value")
+    assert "32 pictures at most" in refused.message
+
+
+def test_a_picture_that_is_elsewhere_is_left_to_who_may_fetch_it() -> None:
+    parts = [{"type": "input_image", "image_url": "https://example.com/a.png"}]
+    (message,) = conversation(input=[{"role": "user", "content": parts}]).messages
+    assert message.content == (RemoteImage("https://example.com/a.png"),)
+    assert message.media[0].where == "input[0].content[0].image_url"
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "data:image/png,abc", "data:text/html;base64,YQ==", "x", "", None])
 def test_a_picture_that_is_none_is_refused_in_the_words_that_codex_looks_for(url: str | None) -> None:
     refused = refusal(input=[{"role": "user", "content": [{"type": "input_image", "image_url": url}]}])
     assert (refused.param, refused.code) == ("input[0].content[0].image_url", "invalid_value")

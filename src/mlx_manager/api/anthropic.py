@@ -1,6 +1,5 @@
 """`/v1/messages` as Anthropic clients know it. What they say of versions and betas is accepted: what is built needs no switch."""
 
-import asyncio
 import secrets
 
 from fastapi import APIRouter, Request
@@ -9,8 +8,7 @@ from starlette.responses import Response
 from mlx_manager.api.answer import answer, documented_body, headers_of, json_reply
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.core.errors import ContextTooLong
-from mlx_manager.core.requests import GenerationRequest
-from mlx_manager.inference.dialect import Dialect
+from mlx_manager.gateway.local import prepare
 from mlx_manager.protocols.anthropic import schema
 from mlx_manager.protocols.anthropic.requests import read_count_tokens, read_messages
 from mlx_manager.protocols.anthropic.responses import MessagesWriter
@@ -35,13 +33,8 @@ async def messages(request: Request, services: ServicesDep) -> Response:
 async def count_tokens(request: Request, services: ServicesDep) -> Response:
     """How many tokens the prompt of a message has. No weights are loaded for it."""
     wanted = read_count_tokens(await request.body(), services.seal)
-    dialect = await services.pool.dialect(wanted.request.model)
-    num_tokens = await asyncio.to_thread(_num_tokens, dialect, wanted.request)
-    return json_reply({"input_tokens": num_tokens}, headers_of(wanted))
-
-
-def _num_tokens(dialect: Dialect, request: GenerationRequest) -> int:
     try:
-        return dialect.prepare(request).prompt_tokens
+        num_tokens = (await prepare(services.pool, services.media, wanted.request)).prompt_tokens
     except ContextTooLong as error:  # to learn this is what a client counts for
-        return error.tokens
+        num_tokens = error.tokens
+    return json_reply({"input_tokens": num_tokens}, headers_of(wanted))

@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from mlx_manager.config import Config
 from mlx_manager.gateway.gateway import Gateway
+from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.pool import Pool
 from mlx_manager.protocols.responses.history import History
@@ -20,6 +21,7 @@ class Services:
     config: Config
     device: Device
     pool: Pool
+    media: RemoteMedia
     gateway: Gateway
     database: Database
     metrics: Metrics

@@ -1,11 +1,10 @@
 """Why a first token took as long as it did: how much of a prompt is computed already, and where that ends."""
 
-import asyncio
-
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from mlx_manager.api.dependencies import ServicesDep
+from mlx_manager.gateway.local import prepare
 from mlx_manager.inference.engine.explain import REASONS, Reason
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.openai.requests import read_chat, read_completion
@@ -32,8 +31,8 @@ async def explain(request: Request, services: ServicesDep) -> PrefixExplanation:
     """Takes the body of a chat or a completion request and computes nothing of it. Of several prompts the first is explained."""
     body = await request.body()
     wanted = read_chat(body) if "messages" in read_json_object(body) else read_completion(body)
+    prepared = await prepare(services.pool, services.media, wanted.request)
     dialect = await services.pool.dialect(wanted.request.model)
-    prepared = await asyncio.to_thread(dialect.prepare, wanted.request)
     async with services.pool.lend(wanted.request.model) as model:
         found = await model.engine.explain(prepared.specs[0])
     return PrefixExplanation(

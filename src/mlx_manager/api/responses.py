@@ -1,6 +1,5 @@
 """`/v1/responses` as clients of the Responses API know it."""
 
-import asyncio
 import secrets
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from mlx_manager.api.answer import answer, client_of, documented_body, event_str
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.api.failures import failure
 from mlx_manager.core.errors import ContextTooLong, InvalidField, NotFound
+from mlx_manager.gateway.local import prepare
 from mlx_manager.protocols.fields import ignored_header
 from mlx_manager.protocols.responses import schema
 from mlx_manager.protocols.responses.history import History, Item, Kept, item_of, size_of
@@ -75,9 +75,8 @@ async def create(request: Request, services: ServicesDep) -> Response:
 async def input_tokens(request: Request, services: ServicesDep) -> Response:
     """How many tokens an input has. Loads no weights."""
     wanted = read_responses(await request.body(), _Past(services.responses, client_of(request)), services.seal)
-    dialect = await services.pool.dialect(wanted.request.model)
     try:
-        prepared = await asyncio.to_thread(dialect.prepare, wanted.request)
+        prepared = await prepare(services.pool, services.media, wanted.request)
     except ContextTooLong as error:
         return _counted(error.tokens, headers_of(wanted))
     return _counted(prepared.prompt_tokens, headers_of(wanted, prepared.unused))

@@ -32,6 +32,10 @@ def serve(
     allowed_origin: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="A web origin that may call the API from a browser; can be repeated.")
     ] = None,
+    remote_media_host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="A host that pictures are fetched from; '*' is any; can be repeated.")
+    ] = None,
+    remote_media_http: Annotated[bool | None, typer.Option("--remote-media-http", help="Fetch pictures by plain http too.")] = None,
     max_concurrent_requests: Annotated[
         int | None, typer.Option(metavar="N", help="More than these at a time are answered 503. [default: 256]")
     ] = None,
@@ -73,6 +77,8 @@ def serve(
         adapters_dir=adapters_dir,
         allowed_hosts=allowed_host,
         allowed_origins=allowed_origin,
+        remote_media_hosts=remote_media_host,
+        remote_media_http=remote_media_http,
         max_concurrent_requests=max_concurrent_requests,
         max_batch=max_batch,
         prefill_budget=prefill_budget,
@@ -119,6 +125,7 @@ def _check_exposure(config: "Config") -> None:
 
 def _check_names(config: "Config") -> None:
     from mlx_manager.api.middleware import Authority, Origin
+    from mlx_manager.gateway.remote_media import parse_entry
 
     for host in config.allowed_hosts:
         if Authority.parse(host) is None:
@@ -126,6 +133,9 @@ def _check_names(config: "Config") -> None:
     for origin in config.allowed_origins:
         if Origin.parse(origin) is None:
             fail(f"--allowed-origin: '{origin}' is not a web origin such as https://chat.example.", USAGE)
+    for host in config.remote_media_hosts:
+        if parse_entry(host) is None:
+            fail(f"--remote-media-host: '{host}' is not a host, a host and a port, or '*'.", USAGE)
 
 
 def _on_a_free_port(config: "Config") -> "Config":

@@ -1,5 +1,6 @@
 """What was said in a conversation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,8 +15,27 @@ class Image:
     where: str = field(default="messages", compare=False)
 
 
-# Text; or, where there are pictures, text and pictures in their order.
-Content = str | tuple[str | Image, ...]
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A clip as the client sent it, not decoded yet, of which `num_frames` are to be looked at, or all if it has fewer."""
+
+    data: bytes
+    num_frames: int
+    where: str = field(default="messages", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteImage:
+    """A picture that the client only named. The gateway fetches it, or refuses it, before a model sees the request."""
+
+    url: str
+    where: str = field(default="messages", compare=False)
+
+
+Media = Image | Video | RemoteImage
+Part = str | Media
+# Text; or, where there is something to look at, text and that in their order.
+Content = str | tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +60,20 @@ class Message:
 
     @property
     def text(self) -> str:
-        """What is said, without its pictures."""
+        """What is said, without what is shown."""
         return self.content if isinstance(self.content, str) else "".join(part for part in self.content if isinstance(part, str))
 
     @property
-    def images(self) -> tuple[Image, ...]:
-        return () if isinstance(self.content, str) else tuple(part for part in self.content if isinstance(part, Image))
+    def media(self) -> tuple[Media, ...]:
+        """What is shown."""
+        return () if isinstance(self.content, str) else tuple(part for part in self.content if not isinstance(part, str))
 
 
-def content_of(parts: "list[str | Image]") -> Content:
+def content_of(parts: Sequence[Part]) -> Content:
     """Parts as they came, in the one form that each content has: text alone is one string."""
     if all(isinstance(part, str) for part in parts):
         return "".join(part for part in parts if isinstance(part, str))
-    joined: list[str | Image] = []
+    joined: list[Part] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] += part

@@ -8,18 +8,30 @@ from mlx_manager.core.errors import TimedOut
 from mlx_manager.core.events import Event, Started
 from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RerankRequest
 from mlx_manager.core.vectors import Embeddings, Ranking
+from mlx_manager.gateway.remote_media import RemoteMedia
+from mlx_manager.inference.dialect import Prepared
 from mlx_manager.inference.pool import Pool
+
+
+async def prepare(pool: Pool, media: RemoteMedia, request: GenerationRequest) -> Prepared:
+    """A request as a model takes it, with the pictures that it only names; none is fetched for a model that could not look at it.
+    Raises `core.errors`."""
+    targets = media.targets(request)
+    dialect = await pool.dialect(request.model)
+    if dialect.pictures is not None:
+        request = await media.fetched(request, targets)
+    return await asyncio.to_thread(dialect.prepare, request)
 
 
 class LocalBackend:
     name = "local"
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, media: RemoteMedia) -> None:
         self._pool = pool
+        self._media = media
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event]:
-        dialect = await self._pool.dialect(request.model)
-        prepared = await asyncio.to_thread(dialect.prepare, request)
+        prepared = await prepare(self._pool, self._media, request)
         yield Started(prepared.prompt_tokens, prepared.unused)
         async with self._pool.lend(request.model) as model, aclosing(model.generate(prepared)) as events:
             async for event in events:

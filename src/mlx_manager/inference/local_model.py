@@ -64,6 +64,6 @@ class LocalModel:
 def _check_no_pictures(request: GenerationRequest) -> None:
     for prompt in request.prompts:
         for message in prompt.messages if isinstance(prompt, Conversation) else ():
-            for image in message.images:
-                text = f"This model's way of looking at pictures is not supported: it cannot take the image in '{image.where}'."
-                raise InvalidField(text, param=image.where, code="unsupported_value")
+            for shown in message.media:
+                text = f"This model's way of looking at pictures is not supported: it cannot take the one in '{shown.where}'."
+                raise InvalidField(text, param=shown.where, code="unsupported_value")

@@ -1,4 +1,4 @@
-"""A picture as a model is shown it, and where it stands in a prompt."""
+"""A picture as a model is shown it, and where it stands in a prompt; a frame of a video, which is a picture too."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,16 @@ class Picture:
     tokens: tuple[int, ...]
     names: tuple[int, ...]
     arrays: Mapping[str, Any] = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame of a video, decoded: `pixels` is an RGB image of Pillow's. `digest` says of which video it is, and which frame of how
+    many; `where` is the field that the video came in."""
+
+    digest: bytes
+    pixels: Any = field(compare=False)
+    where: str = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)

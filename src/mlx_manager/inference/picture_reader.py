@@ -1,4 +1,4 @@
-"""An encoded picture → what a model is shown of it. On a worker's thread; knows nothing of MLX but that the processor may.
+"""An encoded picture, or a video's → what a model is shown of it. On a worker's thread; knows nothing of MLX but that the processor may.
 
 Whatever a client sent is looked at before it is decoded: a small file can hold a picture that takes gigabytes.
 """
@@ -10,19 +10,24 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image as Pillow
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image
-from mlx_manager.inference.picture import Picture
+from mlx_manager.core.messages import Image, Video
+from mlx_manager.inference.picture import Frame, Picture
+from mlx_manager.inference.video_reader import digest_of, frames_of
 
 MAX_PIXELS = 25_000_000
 MAX_SIDE = 2048
+# The first of them is shown.
+MAX_FRAMES = 64
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _MAX_KEPT_BYTES = 128 << 20
+_MAX_FRAME_BYTES = 64 << 20
 # Decoding takes memory: no more than two pictures at a time, whoever asks.
 _decoding = threading.Semaphore(2)
 
@@ -35,19 +40,35 @@ class PictureReader:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, Picture] = OrderedDict()
+        self._watched: OrderedDict[bytes, tuple[Frame, ...]] = OrderedDict()
         tokenizer = getattr(processor, "tokenizer", None)
         named = (getattr(owner, name, None) for owner in (processor, tokenizer) for name in ("boi_token", "image_token"))
         self.placeholders = tuple(dict.fromkeys(text for text in named if isinstance(text, str) and text))
 
-    def read(self, image: Image, placeholder: str) -> Picture:
+    def watch(self, video: Video) -> tuple[Frame, ...]:
+        """The frames that are shown of it, to be read like other pictures. Raises `InvalidField`, naming the field that it came in."""
+        digest = digest_of(video)
+        with self._lock:
+            known = self._watched.get(digest)
+        if known is not None:
+            return tuple(replace(frame, where=video.where) for frame in known)
+        with _decoding:
+            frames = frames_of(video)
+        with self._lock:
+            self._watched[digest] = frames
+            while sum(_frame_bytes(f) for f in self._watched.values()) > _MAX_FRAME_BYTES and len(self._watched) > 1:
+                self._watched.popitem(last=False)
+        return frames
+
+    def read(self, image: Image | Frame, placeholder: str) -> Picture:
         """Raises `InvalidField`, naming the field that the picture came in."""
-        digest = hashlib.sha256(image.data).digest()
+        digest = image.digest if isinstance(image, Frame) else hashlib.sha256(image.data).digest()
         with self._lock:
             known = self._kept.get(digest)
         if known is not None:
             return known
         with _decoding:
-            picture = self._processed(digest, decoded(image), placeholder)
+            picture = self._processed(digest, image.pixels if isinstance(image, Frame) else decoded(image), placeholder)
         with self._lock:
             self._kept[digest] = picture
             while sum(_num_bytes(p) for p in self._kept.values()) > _MAX_KEPT_BYTES and len(self._kept) > 1:
@@ -76,6 +97,8 @@ def decoded(image: Image) -> Pillow.Image:
                     f"Invalid '{where}': a picture has {MAX_PIXELS // 1_000_000} million pixels at most, and this one {width * height:,}.",
                     param=where,
                 )
+            if (_gif_frames(image.data) if opened.format == "GIF" else getattr(opened, "n_frames", 1)) > MAX_FRAMES:
+                raise InvalidField(f"Invalid '{where}': an animated picture has {MAX_FRAMES} frames at most.", param=where)
             opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
             flat = opened.convert("RGBA") if "transparency" in opened.info or opened.mode in ("RGBA", "LA", "PA") else opened.convert("RGB")
     except InvalidField:
@@ -89,12 +112,39 @@ def decoded(image: Image) -> Pillow.Image:
     return flat
 
 
+def _gif_frames(data: bytes) -> int:
+    """How many there are, as far as it matters: Pillow would go through all of them."""
+    at = 13 + _table_bytes(data[10])
+    num_frames = 0
+    while num_frames <= MAX_FRAMES and at + 10 <= len(data):
+        match data[at]:
+            case 0x2C:  # a frame: where it goes, its colours, the size of its codes
+                num_frames += 1
+                at += 11 + _table_bytes(data[at + 9])
+            case 0x21:  # an extension
+                at += 2
+            case _:
+                break
+        while at < len(data) and data[at]:  # its blocks, the last of them empty
+            at += 1 + data[at]
+        at += 1
+    return num_frames
+
+
+def _table_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
 def _names(digest: bytes, count: int, vocab_size: int) -> Iterable[int]:
     """Tokens beyond the vocabulary, as 31-bit numbers, that follow from the picture alone."""
     room = 2**31 - 1 - vocab_size
     for i in range(count):
         drawn = int.from_bytes(hashlib.blake2b(digest + i.to_bytes(4, "little"), digest_size=8).digest(), "little")
         yield vocab_size + drawn % room
+
+
+def _frame_bytes(frames: tuple[Frame, ...]) -> int:
+    return sum(3 * frame.pixels.width * frame.pixels.height for frame in frames)
 
 
 def _num_bytes(picture: Picture) -> int:

@@ -10,16 +10,17 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, Message
+from mlx_manager.core.messages import Image, Media, Message, RemoteImage, Video
 from mlx_manager.core.requests import Conversation, Prompt, RawPrompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
 from mlx_manager.inference.families.time_limit import TookTooLong, within
-from mlx_manager.inference.picture import Picture, PlacedPicture
+from mlx_manager.inference.picture import Frame, Picture, PlacedPicture
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ _EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", 
 _IS_NONE = re.compile(r"(message(?:\.content|\[['\"]content['\"]\])) is (not )?none")
 TEMPLATE_S = 5.0  # on a busy machine; they take milliseconds
 MAX_PROMPT_CHARS = 64 << 20  # twice what a request's body may have
+_NOT_HERE = "pictures were fetched before"
+_NO_VIDEOS: Mapping[Video, Sequence[Frame]] = MappingProxyType({})
 _BREAK = "\ufdd0"  # a noncharacter: no text may contain it, and what does has it removed
 
 
@@ -55,7 +58,8 @@ class PictureSource(Protocol):
 
     @property
     def placeholders(self) -> tuple[str, ...]: ...
-    def read(self, image: Image, placeholder: str) -> Picture: ...
+    def watch(self, video: Video) -> tuple[Frame, ...]: ...
+    def read(self, image: Image | Frame, placeholder: str) -> Picture: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +96,21 @@ class PromptRenderer:
                 assert not isinstance(tokens, str)
                 return Rendered(tokens)
             case Conversation():
-                text = self._text_in_time(prompt)
+                videos = self._watched(prompt)
+                text = self._text_in_time(prompt, videos)
                 tokens = [t for piece in text.split(_BREAK) for t in self._tokenizer.encode(piece, add_special_tokens=False)]
                 end = text.rstrip()
                 opened = next((tag for tag in self._family.reasoning_tags if end.endswith(tag.open)), None)
-                images = [image for message in prompt.messages for image in message.images]
+                shown = (part for message in prompt.messages for part in message.media)
+                images = [image for part in shown for image in _pictures_of(part, videos)]
                 return self._with_pictures(tokens, images, opened) if images else Rendered(tuple(tokens), opened)
 
-    def _with_pictures(self, tokens: list[int], images: list[Image], opened: Tag | None) -> Rendered:
+    def _watched(self, conversation: Conversation) -> dict[Video, tuple[Frame, ...]]:
+        """The frames of its videos; none for a model that reads text only."""
+        videos = (part for message in conversation.messages for part in message.media if isinstance(part, Video))
+        return {} if self._pictures is None else {video: self._pictures.watch(video) for video in videos}
+
+    def _with_pictures(self, tokens: list[int], images: Sequence[Image | Frame], opened: Tag | None) -> Rendered:
         """Puts each picture's names where the template left a place for it. Raises `InvalidField`."""
         assert self._pictures is not None, "they were refused before"
         vocabulary = self._tokenizer.get_vocab()
@@ -120,17 +131,17 @@ class PromptRenderer:
             at = place + 1
         return Rendered((*named, *tokens[at:]), opened, tuple(placed))
 
-    def _text_in_time(self, conversation: Conversation) -> str:
+    def _text_in_time(self, conversation: Conversation, videos: Mapping[Video, Sequence[Frame]]) -> str:
         """A template is a program that came with the model."""
         try:
-            text = within(TEMPLATE_S, lambda: self.text(conversation))
+            text = within(TEMPLATE_S, lambda: self.text(conversation, videos))
         except TookTooLong:
             raise InvalidField(f"The model's chat template took longer than {TEMPLATE_S:g} seconds.", param="messages") from None
         if len(text) > MAX_PROMPT_CHARS:
             raise InvalidField("The model's chat template made too long a prompt of these messages.", param="messages")
         return text
 
-    def text(self, conversation: Conversation) -> str:
+    def text(self, conversation: Conversation, videos: Mapping[Video, Sequence[Frame]] = _NO_VIDEOS) -> str:
         """The rendered prompt, with a break character inside every control token that a user's text spells."""
         if not self._tokenizer.chat_template:
             raise InvalidField("This model has no chat template: use /v1/completions.", param="messages", code="unsupported_value")
@@ -146,7 +157,7 @@ class PromptRenderer:
         ]
         failures: list[tuple[Mapping[str, Any], Exception]] = []
         for options, declared, as_text in attempts:
-            messages = [self._message(m, as_text=as_text) for m in conversation.messages]
+            messages = [self._message(m, videos, as_text=as_text) for m in conversation.messages]
             if self._family.channels:
                 messages = _one_call_each(messages)
             try:
@@ -181,8 +192,8 @@ class PromptRenderer:
             options[self._family.effort_option] = _EFFORTS[wanted.effort]
         return options
 
-    def _message(self, message: Message, *, as_text: bool) -> dict[str, Any]:
-        out: dict[str, Any] = {"role": message.role, "content": self._content(message)}
+    def _message(self, message: Message, videos: Mapping[Video, Sequence[Frame]], *, as_text: bool) -> dict[str, Any]:
+        out: dict[str, Any] = {"role": message.role, "content": self._content(message, videos)}
         family = self._family
         if message.reasoning is not None:
             reasoning = self._defused(message.reasoning)
@@ -211,13 +222,29 @@ class PromptRenderer:
             out["name"] = self._defused(message.name)
         return out
 
-    def _content(self, message: Message) -> Any:
+    def _content(self, message: Message, videos: Mapping[Video, Sequence[Frame]]) -> Any:
         if isinstance(message.content, str):
             return self._defused(message.content)
         if self._pictures is None:
-            where = message.images[0].where
-            raise InvalidField(f"This model reads text only: it cannot take the image in '{where}'.", param=where, code="unsupported_value")
-        return [{"type": "image"} if isinstance(part, Image) else {"type": "text", "text": self._defused(part)} for part in message.content]
+            first = message.media[0]
+            kind, where = "video" if isinstance(first, Video) else "image", first.where
+            raise InvalidField(
+                f"This model reads text only: it cannot take the {kind} in '{where}'.", param=where, code="unsupported_value"
+            )
+        parts: list[dict[str, str]] = []
+        for part in message.content:
+            match part:
+                case str():
+                    parts.append({"type": "text", "text": self._defused(part)})
+                case Image():
+                    parts.append({"type": "image"})
+                case Video():  # the models that have a token for videos differ in what they do with it; all of them take pictures
+                    frames = videos[part]
+                    parts.append({"type": "text", "text": f"Video, {len(frames)} frames:" if len(frames) > 1 else "Video, 1 frame:"})
+                    parts += [{"type": "image"}] * len(frames)
+                case RemoteImage():
+                    raise AssertionError(_NOT_HERE)
+        return parts
 
     def _call_id(self, call_id: str) -> str:
         """The same for the call and for its result, and such as the template takes: clients send back ids that we, or others, gave."""
@@ -281,3 +308,13 @@ def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _asking_for_absence(template: str) -> str:
     """Some templates show calls only where the content is None; what is None is taken out of messages before templates see them."""
     return _IS_NONE.sub(lambda m: f"{m[1]} is defined" if m[2] else f"{m[1]} is not defined", template)
+
+
+def _pictures_of(part: Media, videos: Mapping[Video, Sequence[Frame]]) -> Sequence[Image | Frame]:
+    match part:
+        case Image():
+            return (part,)
+        case Video():
+            return videos[part]
+        case RemoteImage():
+            raise AssertionError(_NOT_HERE)

@@ -24,7 +24,7 @@ from mlx_manager.protocols.anthropic import schema
 from mlx_manager.protocols.checked import checked
 from mlx_manager.protocols.fields import quoted
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import image_from_base64
+from mlx_manager.protocols.media import check_pictures, image_from_base64, image_from_url
 from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Wanted
@@ -72,6 +72,7 @@ def _wanted(wire: schema.CountRequest, ignored: tuple[str, ...], seal: Seal) -> 
     continues, messages = _continued(messages, wire)
     if not messages:
         raise InvalidField("Invalid 'messages': there is nothing in them to answer.", param="messages")
+    check_pictures(messages)
     conversation = Conversation(
         messages=tuple(messages),
         tools=tools,
@@ -169,7 +170,7 @@ class _History:
         if isinstance(content, str):
             return [core.Message("user", content)]
         messages = list[core.Message]()
-        said = list[str | core.Image]()
+        said = list[core.Part]()
         for i, block in enumerate(content):
             here = f"{where}[{i}]"
             match block:
@@ -189,7 +190,7 @@ class _History:
     def _assistant_turn(self, content: str | Sequence[schema.ContentBlock], where: str) -> core.Message:
         if isinstance(content, str):
             return core.Message("assistant", content)
-        said = list[str | core.Image]()
+        said = list[core.Part]()
         thoughts = list[str]()
         calls = list[core.ToolCall]()
         for i, block in enumerate(content):
@@ -221,7 +222,7 @@ class _History:
         return thought
 
     def _result(self, block: schema.ToolResultBlock, where: str) -> core.Content:
-        said: list[str | core.Image] = ["Error: "] if block.is_error else []
+        said: list[core.Part] = ["Error: "] if block.is_error else []
         if isinstance(block.content, str):
             said.append(block.content)
         else:
@@ -229,7 +230,7 @@ class _History:
                 said += self._parts(inner, f"{where}.content[{i}]")
         return core.content_of(said)
 
-    def _parts(self, block: schema.ContentBlock, where: str) -> list[str | core.Image]:
+    def _parts(self, block: schema.ContentBlock, where: str) -> list[core.Part]:
         """What a block says, of those that any turn may hold or that nobody here knows."""
         match block:
             case schema.TextBlock():
@@ -252,7 +253,7 @@ class _History:
             else:
                 self.without_effect.append(f"{path}.{block.type}")
 
-    def _other(self, block: schema.Other, path: str) -> list[str | core.Image]:
+    def _other(self, block: schema.Other, path: str) -> list[core.Part]:
         """What Anthropic's servers did, in short; nothing for what is not known."""
         fields = block.model_extra or {}
         if block.type.endswith("tool_use"):
@@ -264,7 +265,7 @@ class _History:
             return []
         return [f"[{block.type}: {told[:_TOLD_CHARS]}]\n"]
 
-    def _document(self, block: schema.DocumentBlock, where: str) -> list[str | core.Image]:
+    def _document(self, block: schema.DocumentBlock, where: str) -> list[core.Part]:
         title = [f"{line}\n" for line in (block.title, block.context) if line]
         source, here = block.source, f"{where}.source"
         match source.type:
@@ -320,7 +321,7 @@ def _one_turn(first: core.Message, then: core.Message) -> core.Message:
     )
 
 
-def _in_parts(content: core.Content) -> tuple[str | core.Image, ...]:
+def _in_parts(content: core.Content) -> tuple[core.Part, ...]:
     return (content,) if isinstance(content, str) else content
 
 
@@ -345,9 +346,11 @@ def _continued(messages: list[core.Message], wire: schema.CountRequest) -> tuple
     return True, messages
 
 
-def _image(source: schema.ImageSource, where: str) -> core.Image:
-    if source.type != "base64":
+def _image(source: schema.ImageSource, where: str) -> core.Media:
+    if source.type == "file":
         raise _elsewhere("a picture", where)
+    if source.type == "url":
+        return image_from_url(_required(source.url, f"{where}.url"), f"{where}.url")
     return image_from_base64(_required(source.data, f"{where}.data"), _required(source.media_type, f"{where}.media_type"), where)
 
 

@@ -28,7 +28,7 @@ from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.checked import checked
 from mlx_manager.protocols.fields import Rule, invalid_field, quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import file_text, image_from_url
+from mlx_manager.protocols.media import check_pictures, file_text, image_from_url, video_from_url
 from mlx_manager.protocols.openai import schema
 from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.wire import Wanted
@@ -85,8 +85,10 @@ def conversation_of(wire: schema.ChatRequest) -> Conversation:
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InvalidField(f"Two tools are named '{name}': every tool needs a name of its own.", param=f"tools[{i}].function.name")
+    messages = tuple(_message(m, i) for i, m in enumerate(wire.messages))
+    check_pictures(messages)
     return Conversation(
-        messages=tuple(_message(m, i) for i, m in enumerate(wire.messages)),
+        messages=messages,
         tools=tools,
         tool_choice=_tool_choice(wire.tool_choice, names),
         reasoning=_reasoning(wire),
@@ -176,7 +178,7 @@ def _content(wire: schema.Message, where: str) -> core.Content:
     return core.content_of([_part(part, wire.role, f"{where}.content[{i}]") for i, part in enumerate(wire.content)])
 
 
-def _part(wire: schema.Part, role: str, where: str) -> str | core.Image:
+def _part(wire: schema.Part, role: str, where: str) -> core.Part:
     match wire.type:
         case "text":
             if wire.text is None:
@@ -189,14 +191,23 @@ def _part(wire: schema.Part, role: str, where: str) -> str | core.Image:
         case "image_url":
             if wire.image_url is None:
                 raise _missing(f"{where}.image_url")
-            if role not in ("user", "tool"):
-                raise _unsupported(f"{where}.type", f"a {role} message holds text only")
+            _check_shows(role, where)
             return image_from_url(wire.image_url.url, f"{where}.image_url")
+        case "video_url":
+            if wire.video_url is None:
+                raise _missing(f"{where}.video_url")
+            _check_shows(role, where)
+            return video_from_url(wire.video_url.url, wire.video_url.num_frames, f"{where}.video_url")
         case "file":
             return file_text(wire.file or {}, f"{where}.file")
         case "input_audio":
             message = f"No model here hears: it cannot take a part of type '{wire.type}' in '{where}.type'."
             raise InvalidField(message, param=f"{where}.type", code="unsupported_value")
+
+
+def _check_shows(role: str, where: str) -> None:
+    if role not in ("user", "tool"):
+        raise _unsupported(f"{where}.type", f"a {role} message holds text only")
 
 
 def _tool(wire: schema.Tool, index: int) -> ToolSpec:

@@ -51,13 +51,21 @@ class ImageUrl(Schema):
     detail: str | None = None
 
 
+class VideoUrl(Schema):
+    """`num_frames` are looked at, spread evenly over the clip."""
+
+    url: str
+    num_frames: Annotated[int, Field(ge=1, le=32)] | None = None
+
+
 class Part(Schema):
     """What is said, by its type. `input_audio` is known to be refused by what it is."""
 
-    type: Literal["text", "refusal", "image_url", "input_audio", "file"]
+    type: Literal["text", "refusal", "image_url", "video_url", "input_audio", "file"]
     text: str | None = None
     refusal: str | None = None
     image_url: ImageUrl | None = None
+    video_url: VideoUrl | None = None
     file: dict[str, Any] | None = None
 
 
@@ -188,7 +196,11 @@ _SAMPLING: Mapping[str, Rule] = {
 
 CHAT_FIELDS: Mapping[str, Rule] = {
     **_SAMPLING,
-    "messages": honoured("1 to 4,096; text parts; `developer` is read as `system`; `reasoning_content` and `reasoning` are accepted back"),
+    "messages": honoured(
+        "1 to 4,096; `developer` is read as `system`; `reasoning_content` and `reasoning` are accepted back; parts: text, `file` with "
+        "text, `image_url` (`https` only where the server is told to fetch), "
+        "`video_url` (extension: MP4, QuickTime or WebM of 2 minutes at most, `num_frames` of it, 8 or 1 to 32)"
+    ),
     "max_completion_tokens": honoured("the same as `max_tokens`; different values of the two are refused"),
     "logprobs": honoured("under the model's own distribution, before temperature and filters"),
     "top_logprobs": honoured("0 to 20; only with `logprobs`"),

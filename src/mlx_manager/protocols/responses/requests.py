@@ -24,7 +24,7 @@ from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.checked import checked_object
 from mlx_manager.protocols.fields import quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import file_text, image_from_url
+from mlx_manager.protocols.media import check_pictures, file_text, image_from_url
 from mlx_manager.protocols.responses import schema
 from mlx_manager.protocols.responses.custom_input import PARAMETER, write_input
 from mlx_manager.protocols.responses.history import Item, Kept
@@ -88,6 +88,7 @@ def read_responses(body: bytes, past: Past, seal: Seal) -> ResponsesWanted:
     for entry in entries:
         reader.read(entry.wire, entry.where)
     spoken = reader.finish() or [core.Message("user", "")]  # a probe: there must be something to render
+    check_pictures(spoken)
     instructions = [] if wire.instructions is None else [core.Message("system", wire.instructions)]
     wants_logprobs = LOGPROBS in (wire.include or ())
     output, output_field = _output(wire.text)
@@ -331,7 +332,7 @@ class _ItemReader:
     def _content(self, content: schema.Content, where: str, role: str) -> core.Content:
         if isinstance(content, str):
             return content
-        parts: list[str | core.Image] = []
+        parts: list[core.Part] = []
         for i, part in enumerate(content):
             match part:
                 case schema.Part():
@@ -341,7 +342,7 @@ class _ItemReader:
         return core.content_of(parts)
 
 
-def _part(part: schema.Part, where: str, role: str) -> str | core.Image:
+def _part(part: schema.Part, where: str, role: str) -> core.Part:
     match part.type:
         case "input_text" | "output_text" | "text":
             if part.text is None:

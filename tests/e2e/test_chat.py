@@ -239,3 +239,14 @@ def test_every_word_of_the_reply_is_in_its_envelope(client: OpenAI) -> None:
     assert reply.system_fingerprint
     raw = reply.choices[0].message.model_fields_set
     assert {"content", "refusal", "role", "annotations"} <= raw
+
+
+def test_a_reply_goes_back_as_it_came_with_nothing_to_ignore(client: OpenAI) -> None:
+    reply = client.chat.completions.create(**_request("What is the weather in Paris?", {"tools": [WEATHER], "max_tokens": 150}))
+    message = reply.choices[0].message.model_dump()
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "18 degrees, sunny"}
+    for annotations, ignored in (([], None), ([{"type": "url_citation"}], "messages.annotations")):
+        assert message["annotations"] == []
+        history: Any = [{"role": "user", "content": "What is the weather in Paris?"}, message | {"annotations": annotations}, result]
+        raw = client.chat.completions.with_raw_response.create(model=MODEL, messages=history, max_tokens=20)
+        assert raw.headers.get("x-ignored-fields") == ignored

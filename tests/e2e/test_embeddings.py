@@ -214,7 +214,7 @@ def test_requests_and_tokens_are_counted(server: Running, relaxed: OpenAI) -> No
 
 def test_the_list_says_what_a_model_is_for(client: OpenAI) -> None:
     models = {m.id: m.model_extra or {} for m in client.models.list()}
-    said = {id: (m["kind"], m["capabilities"]) for id, m in models.items()}
+    said = {id: (m["kind"], m["features"]) for id, m in models.items()}
     assert said[MODEL] == ("text", ["chat", "completions"])
     assert said[EMBEDDER] == ("embedding", ["embeddings", "rerank"])
     assert said["qwen2_vl"] == ("vision", ["chat", "completions", "images"])

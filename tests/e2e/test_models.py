@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from openai import NotFoundError, OpenAI
 
-from tests.e2e.serving import FIXTURE_MODELS, MODEL, serve_process
+from tests.e2e.serving import FIXTURE_MODELS, MODEL, Running, serve_process
 
 
 def test_every_folder_is_a_model_by_its_name(client: OpenAI) -> None:
@@ -15,6 +15,14 @@ def test_every_folder_is_a_model_by_its_name(client: OpenAI) -> None:
     assert (entry.object, entry.owned_by) == ("model", "local")
     assert entry.created > 0
     assert (entry.model_extra or {})["max_input_tokens"] > 0
+
+
+def test_the_list_reads_the_same_through_the_other_vendors_sdk(client: OpenAI, server: Running) -> None:
+    with server.anthropic() as anthropic:
+        entries = list(anthropic.models.list())
+        assert [m.id for m in entries] == [m.id for m in client.models.list()]
+        assert anthropic.models.retrieve(MODEL).max_input_tokens == 4096
+    assert all(m.capabilities is None and m.display_name for m in entries)
 
 
 def test_an_unknown_model_is_not_found_and_the_reply_says_what_there_is(client: OpenAI) -> None:

@@ -97,5 +97,5 @@ def test_a_picture_that_cannot_be_read_is_named(client: OpenAI) -> None:
 def test_the_list_of_models_says_which_one_sees(client: OpenAI) -> None:
     models = {model.id: model.model_dump() for model in client.models.list()}
     assert models[MODEL]["kind"] == "vision"
-    assert "images" in models[MODEL]["capabilities"]
-    assert "images" not in models["qwen3"]["capabilities"]
+    assert "images" in models[MODEL]["features"]
+    assert "images" not in models["qwen3"]["features"]

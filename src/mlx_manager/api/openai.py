@@ -20,7 +20,8 @@ from mlx_manager.protocols.openai.responses import ChatWriter, CompletionWriter
 
 router = APIRouter(tags=["OpenAI"])
 
-_CAPABILITIES: dict[Kind, list[str]] = {
+# Not `capabilities`: Anthropic has an object of that name.
+_FEATURES: dict[Kind, list[str]] = {
     "text": ["chat", "completions"],
     "embedding": ["embeddings", "rerank"],
     "reranker": ["rerank"],
@@ -99,5 +100,5 @@ def _model(status: ModelStatus) -> dict[str, Any]:
         "max_tokens": checkpoint.context_length,
         "state": status.state,
         "kind": checkpoint.kind,
-        "capabilities": _CAPABILITIES[checkpoint.kind],
+        "features": _FEATURES[checkpoint.kind],
     } | ({} if adapter is None else {"base": checkpoint.base_id, "adapter": adapter.name})

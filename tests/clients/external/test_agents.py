@@ -22,18 +22,22 @@ from tests.clients.witness import Exchange, Witness
 from tests.e2e.serving import Running
 
 TURN_S = 100.0
+# Its context of 4096 tokens does not hold what an agent says before the first word of its user.
+SMALL = "qwen3"
 FIRST, SECOND = "Say apple three times.", "And again."
 
 
 @dataclass(frozen=True)
 class Agent:
     """`run` takes what to say, to which model, and further arguments; it returns what the agent wrote and raises if it did not end well.
-    `asks` is whom it wants to reach outside though everything is off that can be; it goes on without an answer."""
+    `too_long` is what it says to a prompt that does not fit, if it has understood why. `noted` are the fields that it sends and that have
+    no effect. `asks` is whom it wants to reach outside though everything is off that can be; it goes on without an answer."""
 
     name: str
     path: str
     run: Callable[..., str]
     again: tuple[str, ...]
+    too_long: str
     noted: frozenset[str] = frozenset()
     asks: frozenset[str] = frozenset()
 
@@ -81,6 +85,7 @@ def claude(packages: Path, server: Running, note: Path, home: dict[str, str]) ->
         "ANTHROPIC_BASE_URL": server.url,
         "ANTHROPIC_AUTH_TOKEN": "none",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(CONTEXT),
         "DISABLE_TELEMETRY": "1",
         "DISABLE_ERROR_REPORTING": "1",
         "DISABLE_AUTOUPDATER": "1",
@@ -104,10 +109,11 @@ def claude(packages: Path, server: Running, note: Path, home: dict[str, str]) ->
         ]
         result = json.loads(run(command, note.parent, environment))
         assert (result["subtype"], result["is_error"]) == ("success", False)
+        assert result["modelUsage"][model]["contextWindow"] == CONTEXT
         return str(result["result"])
 
     noted = frozenset({"context_management", "metadata", "tools.defer_loading"})
-    return Agent("claude", "/v1/messages", turn, again=("--continue",), noted=noted)
+    return Agent("claude", "/v1/messages", turn, ("--continue",), r"Prompt is too long .*limit 4096", noted=noted)
 
 
 def codex(packages: Path, server: Running, note: Path, home: dict[str, str]) -> Agent:
@@ -139,11 +145,11 @@ plugins = false
         return run([program, "exec", *arguments, "--skip-git-repo-check", "--model", model, text], note.parent, home)
 
     noted = frozenset({"client_metadata", "prompt_cache_key", "tools.web_search"})
-    return Agent("codex", "/v1/responses", turn, again=("resume", "--last"), noted=noted)
+    return Agent("codex", "/v1/responses", turn, ("resume", "--last"), "ran out of room in the model's context window", noted=noted)
 
 
 def opencode(packages: Path, server: Running, note: Path, home: dict[str, str]) -> Agent:
-    models = {name: {"limit": {"context": CONTEXT, "output": 4096}} for name in ("parrot", "reader-opencode")}
+    models = {name: {"limit": {"context": CONTEXT, "output": 4096}} for name in ("parrot", "reader-opencode", SMALL)}
     provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": f"{server.url}/v1", "apiKey": "none"}, "models": models}
     config = {
         "autoupdate": False,
@@ -164,7 +170,14 @@ def opencode(packages: Path, server: Running, note: Path, home: dict[str, str]) 
     def turn(text: str, model: str, *arguments: str) -> str:
         return run([program, "run", "--model", f"mlx-manager/{model}", *arguments, text], note.parent, environment)
 
-    return Agent("opencode", "/v1/chat/completions", turn, again=("--continue",), asks=frozenset({"registry.npmjs.org:443"}))
+    return Agent(
+        "opencode",
+        "/v1/chat/completions",
+        turn,
+        ("--continue",),
+        "maximum context length is 4096 tokens",
+        asks=frozenset({"registry.npmjs.org:443"}),
+    )
 
 
 @pytest.fixture(params=[claude, codex, opencode], ids=lambda make: make.__name__)
@@ -201,3 +214,18 @@ def test_a_tool_is_called_and_its_result_comes_back(agent: Agent, wire: Witness)
     assert NOTE not in call.request
     assert NOTE in answer.request
     assert reuse(answer) >= 0.95
+
+
+class TestTooLong:
+    @pytest.fixture
+    def wire(self, witnessed: tuple[Running, Path]) -> Witness:
+        """Without the check that nothing is refused."""
+        running, path = witnessed
+        return Witness(running, path, path.stat().st_size)
+
+    def test_a_prompt_that_does_not_fit_is_told_in_words_that_the_agent_knows(self, agent: Agent, wire: Witness) -> None:
+        with pytest.raises(AssertionError, match=agent.too_long):
+            agent.run(FIRST, SMALL)
+        refused = [e.request for e in wire.exchanges(agent.path) if e.failure is not None]
+        assert refused
+        assert len(set(refused)) == len(refused), "it tries again, but never with the same"

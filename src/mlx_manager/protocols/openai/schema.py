@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mlx_manager.core.requests import Effort
 from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
@@ -89,6 +89,15 @@ class Message(Schema):
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_annotations(cls, value: Any) -> Any:
+        """Every reply has them, and comes back with the history: only those that say something are worth a name."""
+        if not isinstance(value, dict):
+            return value
+        fields = cast(dict[str, Any], value)
+        return {k: v for k, v in fields.items() if (k, v) != ("annotations", [])}
 
 
 class Function(Schema):

@@ -1,6 +1,8 @@
 """What the documents name exists, and what exists is named."""
 
+import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,18 @@ def test_the_architecture_names_every_package() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     packages = {path.name for path in (ROOT / "src" / "mlx_manager").iterdir() if (path / "__init__.py").exists()}
     assert {name for name in packages if f"{name}/" not in text} == set()
+
+
+def test_the_page_of_clients_names_the_versions_that_the_tests_drive() -> None:
+    external = ROOT / "tests" / "clients" / "external"
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    wanted: dict[str, str] = {}
+    for package in ("node", "agents"):
+        wanted |= json.loads((external / package / "package.json").read_text())["dependencies"]
+    del wanted["zod"]  # what the others describe their forms with
+    lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
+    locked = {p["name"]: p["version"] for p in lock["package"]}
+    python = {name: locked[name] for name in ("langchain-openai", "langchain-anthropic", "pydantic-ai-slim", "openai", "anthropic")}
+    older = re.findall(r'"(openai|anthropic|instructor)==([\d.]+)"', (external / "test_python.py").read_text())
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert [(n, v) for n, v in [*wanted.items(), *python.items(), *older] if not any(f"`{n}`" in r and v in r for r in rows)] == []

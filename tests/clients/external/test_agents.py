@@ -149,12 +149,13 @@ plugins = false
 
 
 def opencode(packages: Path, server: Running, note: Path, home: dict[str, str]) -> Agent:
-    models = {name: {"limit": {"context": CONTEXT, "output": 4096}} for name in ("parrot", "reader-opencode", SMALL)}
+    names = ("parrot", "reader-opencode", SMALL)
+    models = {f"a-{name}": {"id": name, "limit": {"context": CONTEXT, "output": 4096}} for name in names}
     provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": f"{server.url}/v1", "apiKey": "none"}, "models": models}
     config = {
         "autoupdate": False,
         "share": "disabled",
-        "small_model": "mlx-manager/parrot",
+        "small_model": "mlx-manager/a-parrot",
         "provider": {"mlx-manager": provider},
         "permission": {"edit": "deny", "bash": "deny", "webfetch": "deny"},
     }
@@ -168,7 +169,7 @@ def opencode(packages: Path, server: Running, note: Path, home: dict[str, str]) 
     program = binary(packages, "opencode-*/bin/opencode")
 
     def turn(text: str, model: str, *arguments: str) -> str:
-        return run([program, "run", "--model", f"mlx-manager/{model}", *arguments, text], note.parent, environment)
+        return run([program, "run", "--model", f"mlx-manager/a-{model}", *arguments, text], note.parent, environment)
 
     return Agent(
         "opencode",

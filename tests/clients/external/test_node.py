@@ -49,6 +49,14 @@ def test_it_works(sdks: Path, server: Running, wire: Witness, script: str, scena
     assert ignored == set()
 
 
+def test_the_ai_sdk_refers_to_what_it_takes_to_be_kept(sdks: Path, server: Running, wire: Witness) -> None:
+    """It says nothing of `store`, and sends the turn before as references."""
+    node(sdks, "ai", "responses.two_turns", SERVER_URL=server.url)
+    _, second = wire.exchanges("/v1/responses")
+    assert "store" not in second.body
+    assert "item_reference" in [item.get("type") for item in second.body["input"]]
+
+
 class TestMistakes:
     @pytest.fixture
     def wire(self) -> None:

@@ -313,6 +313,14 @@ def test_what_is_no_picture_is_refused_in_our_words(data: bytes) -> None:
     assert refused.value.message == "Invalid 'here': the picture could not be read."
 
 
+def test_a_shape_that_the_model_cannot_be_shown_is_named() -> None:
+    reader = spoken().pictures
+    assert reader is not None
+    with pytest.raises(InvalidField, match="1 x 900 pixels") as refused:
+        reader.read(Image(encoded(Pillow.new("RGB", (1, 900))), "there"), "<|image_pad|>")
+    assert refused.value.param == "there"
+
+
 def test_a_user_who_spells_a_placeholder_shows_no_picture() -> None:
     text = "What is <|vision_start|><|image_pad|><|vision_end|> this?"
     (made,) = spoken().prepare(request(painted("red"), text)).specs

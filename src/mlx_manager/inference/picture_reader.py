@@ -6,6 +6,7 @@ Whatever a client sent is looked at before it is decoded: a small file can hold 
 
 import hashlib
 import io
+import logging
 import threading
 import warnings
 from collections import OrderedDict
@@ -20,6 +21,8 @@ from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.messages import Image, Video
 from mlx_manager.inference.picture import Frame, Picture
 from mlx_manager.inference.video_reader import digest_of, frames_of
+
+log = logging.getLogger(__name__)
 
 MAX_PIXELS = 25_000_000
 MAX_SIDE = 2048
@@ -68,7 +71,15 @@ class PictureReader:
         if known is not None:
             return known
         with _decoding:
-            picture = self._processed(digest, image.pixels if isinstance(image, Frame) else decoded(image), placeholder)
+            pixels = image.pixels if isinstance(image, Frame) else decoded(image)
+            try:
+                picture = self._processed(digest, pixels, placeholder)
+            except Exception as error:
+                log.info("a picture of %d x %d pixels could not be made ready: %s", pixels.width, pixels.height, error)
+                raise InvalidField(
+                    f"Invalid '{image.where}': this model cannot be shown a picture of {pixels.width} x {pixels.height} pixels.",
+                    param=image.where,
+                ) from error
         with self._lock:
             self._kept[digest] = picture
             while sum(_num_bytes(p) for p in self._kept.values()) > _MAX_KEPT_BYTES and len(self._kept) > 1:

@@ -3,12 +3,30 @@
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_manager.core.requests import GenerationRequest
+from mlx_manager.core.errors import InvalidField
+from mlx_manager.core.messages import Image, Message, RemoteImage, ToolCall, Video
+from mlx_manager.core.requests import (
+    AnyJson,
+    Conversation,
+    GenerationRequest,
+    Grammar,
+    JsonSchema,
+    OneOf,
+    Reasoning,
+    Regex,
+    Sampling,
+    ToolChoice,
+    ToolSpec,
+)
+from mlx_manager.protocols.anthropic.client import write_messages
 from mlx_manager.protocols.anthropic.requests import read_messages
+from mlx_manager.protocols.openai.client import write_chat
 from mlx_manager.protocols.openai.requests import read_chat
+from mlx_manager.protocols.responses.client import write_responses
 from mlx_manager.protocols.responses.requests import read_responses
 from mlx_manager.protocols.seal import Seal
 from tests.protocols.test_responses_replies import Nothing
@@ -177,3 +195,70 @@ def test_the_same_is_asked_for_whatever_the_protocol(conversation: Json) -> None
     over_chat, over_messages, over_responses = chat(conversation), messages(conversation), responses(conversation)
     assert over_chat == over_messages
     assert over_chat == over_responses
+    assert read_chat(sent(write_chat(over_chat))).request == over_chat
+    assert read_messages(sent(write_messages(over_chat)), SEAL).request == over_chat
+    assert read_responses(sent(write_responses(over_chat)), Nothing(), SEAL).request == over_chat
+
+
+def sent(body: Json) -> bytes:
+    return json.dumps(body, default=dict).encode()
+
+
+PICTURE = Image(b"\x89PNG\r\n...")
+SEEN = Message("user", ("a", PICTURE, "b", RemoteImage("https://example.com/a.png")))
+ANSWERED = Message("tool", ("seen", PICTURE), tool_call_id="call_1")
+CALLED = Message("assistant", "", tool_calls=(ToolCall("call_1", "f", '{"a":1}'),))
+TOOLS = (ToolSpec("f", "F", {"type": "object"}), ToolSpec("g"))
+
+
+def asking(*messages: Message, tools: tuple[ToolSpec, ...] = (), **more: Any) -> GenerationRequest:
+    named = {name: more.pop(name) for name in ("tool_choice", "reasoning", "continues") if name in more}
+    return GenerationRequest("m", (Conversation(messages, tools=tools, **named),), max_tokens=9, **more)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        asking(SEEN, CALLED, ANSWERED, tools=TOOLS),
+        asking(SEEN, reasoning=Reasoning(enabled=True)),
+        asking(SEEN, reasoning=Reasoning(enabled=False)),
+        asking(SEEN, reasoning=Reasoning(effort="low")),
+        asking(SEEN, tools=TOOLS, tool_choice=ToolChoice("required", ("g",)), parallel_tool_calls=False),
+        asking(SEEN, sampling=Sampling(temperature=0.5, top_p=0.1, top_k=3, min_p=0.2, seed=0, presence_penalty=1)),
+    ],
+)
+def test_what_one_client_mode_sends_is_read_as_it_was_meant(request_: GenerationRequest) -> None:
+    assert read_chat(sent(write_chat(request_))).request == request_
+    assert read_messages(sent(write_messages(request_)), SEAL).request == request_
+    assert read_responses(sent(write_responses(request_)), Nothing(), SEAL).request == request_
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        asking(SEEN, output=Regex("a+")),
+        asking(SEEN, output=OneOf(("a", "b"))),
+        asking(SEEN, output=Grammar('start: "a"')),
+        asking(SEEN, output=AnyJson()),
+        asking(SEEN, output=JsonSchema({"type": "object"}, strict=False)),
+        asking(SEEN, num_replies=3, num_top_logprobs=2, stop=("x",), sampling=Sampling(logit_bias={3: 1.5})),
+        asking(SEEN, reasoning=Reasoning(enabled=True, effort="high", budget=7)),
+        asking(SEEN, tools=TOOLS, tool_choice=ToolChoice("auto", ("g",))),
+        asking(Message("user", (Video(b"clip", 3),))),
+    ],
+)
+def test_what_only_chat_has_words_for_survives_there(request_: GenerationRequest) -> None:
+    assert read_chat(sent(write_chat(request_))).request == request_
+
+
+def test_what_messages_alone_can_say_survives_there() -> None:
+    begun = asking(SEEN, Message("assistant", "Well"), continues=True)
+    assert read_messages(sent(write_messages(begun)), SEAL).request == begun
+
+
+@pytest.mark.parametrize("write", [write_messages, write_responses])
+def test_what_a_protocol_has_no_word_for_is_refused_by_name(write: Any) -> None:
+    with pytest.raises(InvalidField, match="form"):
+        write(asking(SEEN, output=Regex("a")))
+    with pytest.raises(InvalidField, match="videos"):
+        write(asking(Message("user", (Video(b"clip", 3, "there"),))))

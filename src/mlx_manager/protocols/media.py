@@ -93,3 +93,15 @@ def file_text(file: dict[str, Any], where: str) -> str:
         ) from None
     name = file.get("filename")
     return f"{name}:\n{text}" if isinstance(name, str) and name else text
+
+
+def data_url(image: Image) -> str:
+    """A picture as clients send one; its type is that of its bytes."""
+    return f"data:{image_type(image)};base64,{base64.b64encode(image.data).decode()}"
+
+
+def image_type(image: Image) -> str:
+    return next((kind for beginning, kind in _BEGINNINGS if image.data.startswith(beginning)), "image/webp")
+
+
+_BEGINNINGS = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", "image/gif"))

@@ -1,7 +1,7 @@
 """How the next token is chosen: the fields that every protocol has, or takes as an extension."""
 
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -40,3 +40,9 @@ def sampling(wire: SamplingFields) -> Sampling:
         seed=wire.seed,
         logit_bias=MappingProxyType({int(token): b for token, b in (bias or {}).items()}),
     )
+
+
+def sampling_fields(wanted: Sampling) -> dict[str, Any]:
+    """The same as fields; None is absent."""
+    fields = {name: getattr(wanted, name) for name in SamplingFields.model_fields}
+    return fields | {"logit_bias": {str(token): bias for token, bias in wanted.logit_bias.items()} or None}

@@ -11,6 +11,11 @@ from mlx_manager.core.requests import GenerationRequest, ReasoningOption
 Json = dict[str, Any]
 
 
+def without_absent(fields: Json) -> Json:
+    """What is None was not said."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """`request` is for the gateway; the rest is how the reply is to be written. `ignored` are fields without effect; `reasoning_fields`

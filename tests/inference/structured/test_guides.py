@@ -359,6 +359,8 @@ def test_a_reply_that_nothing_was_asked_of_has_no_constraint() -> None:
         (JsonSchema({"type": "strin"}), "strin"),
         (JsonSchema({"type": "string", "format": "nope"}), "nope"),
         (JsonSchema({"$ref": "#/$defs/none"}), "none"),
+        (JsonSchema({"$ref": -(2**63) - 1}), "serializable"),
+        (JsonSchema({"type": "string", "maxLength": 2**64}), "serializable"),
         (Regex("(?=a)b"), "look-around"),
         (Regex("("), "regex"),
         (Grammar("start: x"), "x"),

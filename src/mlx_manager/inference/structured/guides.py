@@ -34,7 +34,8 @@ class Guides:
         """What holds a reply to `prompt`, rendered as `tokens`, to its form; None if it is free. Raises `InvalidField`."""
         answer, lead = None, Lead()
         if request.output is not None:
-            answer = self._compiler.compile(grammar_of(request.output), request.output_field)
+            output, field = request.output, request.output_field
+            answer = self._compiler.compile(_written(lambda: grammar_of(output), field), field)
             lead = self._lead(_ANSWER_LEAD) if isinstance(prompt, Conversation) else lead
         calls: Calls | None = None
         banned: frozenset[int] = frozenset()
@@ -87,7 +88,8 @@ class Guides:
             return self._compiler.compile(LLMatcher.grammar_from_lark(lark), "tools")
         except InvalidField:
             for tool in tools:
-                self._compiler.compile(json_grammar(tool.parameters, strict=tool.strict), f"tools: {tool.name}")
+                field = f"tools: {tool.name}"
+                self._compiler.compile(_written(lambda tool=tool: json_grammar(tool.parameters, strict=tool.strict), field), field)
             raise
 
     def _thought(self, wanted: Reasoning, tokens: Sequence[int], opened: Tag | None) -> Thought | None:
@@ -148,6 +150,14 @@ class Guides:
     def _token_of(self, text: str) -> int | None:
         tokens = self._tokenizer.encode(text, add_special_tokens=False)
         return tokens[0] if len(tokens) == 1 else None
+
+
+def _written(grammar: Callable[[], str], field: str) -> str:
+    """A grammar, unless what it is made of cannot be said in one: integers beyond 64 bits, say."""
+    try:
+        return grammar()
+    except ValueError as error:
+        raise InvalidField(f"Invalid '{field}': {str(error)[:200]}.", param=field) from None
 
 
 def _unenforceable() -> InvalidField:

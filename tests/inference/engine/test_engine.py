@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pytest
@@ -194,6 +194,27 @@ async def test_more_than_fit_wait_and_a_place_is_taken_in_the_next_step(engine: 
     assert sum(len(rows) for rows in fast.decoded) == sum(s.max_tokens for s in specs)
     # A limit is seen when the last token is read, a step after it was queued: a place is empty for one pass, no more.
     assert len(fast.decoded) <= sum(s.max_tokens + 1 for s in specs) / 4 + 6
+
+
+@pytest.mark.requirement("BATCH-04")
+async def test_a_prompt_more_urgent_than_all_who_decode_is_computed_without_those_of_others(device: Device) -> None:
+    """What is computed beside it is what it waits for; a block of theirs goes on, so that nobody stands still for good."""
+    permits = threading.Semaphore(0)
+    runner = Counting(permits=permits)
+    low = [replace(asking(prompt_length=n, max_tokens=500), priority="low") for n in (1, 4000)]
+    async with attached(device, engine_of(device, runner, prefill_budget=100)) as engine:
+        streams = [engine.submit([s]) for s in low]
+        permits.release(6)
+        await eventually(lambda: bool(runner.decoded) and len(runner.prefilled) > 1)
+        urgent = engine.submit([replace(asking(max_tokens=1), prompt=(8,) * 60, priority="high")])
+        permits.release(10_000)
+        await within(tokens_of(urgent))
+        for stream in streams:
+            stream.close()
+    chunks = [(c.sequence.spec.priority, c.stop - c.start) for c in runner.prefilled]
+    at = chunks.index(("high", 59))
+    assert chunks[at - 1] == ("low", 100)
+    assert chunks[at + 1] == ("low", 32)
 
 
 async def test_many_tasks_at_once_each_get_their_own(engine: Engine) -> None:

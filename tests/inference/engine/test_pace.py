@@ -66,6 +66,14 @@ def test_the_more_wait_for_their_first_token_the_longer_a_step_may_take(num_pref
     assert pace.budget(num_decoding=4, num_prefilling=num_prefilling) == pytest.approx((step_s - 0.01) / 0.0001, abs=2)
 
 
+def test_prompts_that_nobody_waits_for_leave_a_step_short_however_many_they_are() -> None:
+    pace = experienced(target_s=0.05, decode_s=0.01, prefill_s=0.0001)
+    assert pace.budget(num_decoding=4, num_prefilling=100, in_background=True) == pytest.approx((0.025 - 0.01) / 0.0001, abs=2)
+    assert pace.budget(num_decoding=0, num_prefilling=100, in_background=True) == pytest.approx(0.025 / 0.0001, abs=2)
+    slow = experienced(target_s=0.05, decode_s=0.2, prefill_s=0.001)
+    assert slow.budget(num_decoding=4, num_prefilling=1, in_background=True) == 32
+
+
 def test_a_device_that_becomes_slower_is_noticed_within_a_second_of_steps() -> None:
     pace = experienced(prefill_s=0.0001)
     for _ in range(20):

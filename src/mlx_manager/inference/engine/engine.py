@@ -20,7 +20,7 @@ from mlx_manager.inference.engine.explain import Explanation, RecentTokens, expl
 from mlx_manager.inference.engine.pace import Pace
 from mlx_manager.inference.engine.prefix import block_tokens
 from mlx_manager.inference.engine.scheduler import Chunk, Plan, Scheduler
-from mlx_manager.inference.engine.sequence import Ended, EndReason, Sequence, SequenceSpec, Token
+from mlx_manager.inference.engine.sequence import URGENCY, Ended, EndReason, Sequence, SequenceSpec, Token
 
 log = logging.getLogger(__name__)
 
@@ -384,15 +384,18 @@ class Engine:
         return plan
 
     def _budget(self) -> int:
-        """Prompt tokens for the next step. Those who decode do not count for who is more urgent than all of them."""
+        """Prompt tokens for the next step. Where somebody waits for a first token who is more urgent than all who decode, these do not
+        count, and the step is for that prompt alone: what others would have computed beside it is what it would wait for."""
         scheduler = self._scheduler
-        decoding = [s.urgency for s in scheduler.running if s.wants_decode]
-        prefilling = [s.urgency for s in scheduler.running if s.num_prefill_left]
+        starting = [s for s in scheduler.running if s.first_token is None or s.num_prefill_left]
         if len(scheduler.running) < scheduler.policy.max_sequences:
-            prefilling += [s.urgency for s in scheduler.waiting]
-        if decoding and prefilling and min(prefilling) < min(decoding):
-            decoding = []
-        return self._pace.budget(num_decoding=len(decoding), num_prefilling=len(prefilling))
+            starting += scheduler.waiting
+        decoding = [s.urgency for s in scheduler.running if s.wants_decode and s.first_token is not None]
+        most = min((s.urgency for s in starting), default=0)
+        if decoding and most < min(decoding):
+            return self._pace.at_most(sum(s.num_prefill_left for s in starting if s.urgency == most))
+        in_background = all(s.urgency == URGENCY["low"] for s in starting)
+        return self._pace.budget(num_decoding=len(decoding), num_prefilling=len(starting), in_background=in_background)
 
     def _read(self, pending: PendingStep) -> None:
         tokens = self._runner.read(pending)

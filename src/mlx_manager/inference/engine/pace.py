@@ -12,6 +12,8 @@ _SMALLEST = 32  # tokens: a block; below that a pass costs more than it computes
 _STRETCH = 3.0
 # Where as many wait for their first token as decode, those who decode wait twice as long; at most so many times.
 _MOST_CROWDED = 4.0
+# What a step may take of its target for prompts that nobody waits for.
+_BACKGROUND = 0.5
 
 
 @dataclass(slots=True)
@@ -25,17 +27,25 @@ class Pace:
     prefill_s: float | None = None  # a prompt token
     _last: int = 0  # prompt tokens of the newest step that had any
 
-    def budget(self, *, num_decoding: int, num_prefilling: int) -> int:
-        if num_decoding == 0:
-            return self.max_budget
+    def budget(self, *, num_decoding: int, num_prefilling: int, in_background: bool = False) -> int:
+        """`in_background`: nobody waits for these prompts, and whoever comes now waits for the end of the step."""
         if self.prefill_s is None:
-            return min(self.max_budget, 4 * _SMALLEST)
-        decode_s = self.decode_s or 0.0
-        crowded = min(1.0 + num_prefilling / num_decoding, _MOST_CROWDED)
-        left = crowded * max(self.target_s, _STRETCH * decode_s) - decode_s
+            return min(self.max_budget, 4 * _SMALLEST) if num_decoding else self.max_budget
+        decode_s = (self.decode_s or 0.0) if num_decoding else 0.0
+        if in_background:
+            step_s = max(_BACKGROUND * self.target_s, decode_s)
+        elif num_decoding == 0:
+            return self.max_budget
+        else:
+            crowded = min(1.0 + num_prefilling / num_decoding, _MOST_CROWDED)
+            step_s = crowded * max(self.target_s, _STRETCH * decode_s)
         # What has not been seen is not trusted: a budget grows step by step.
-        most = min(self.max_budget, max(4 * _SMALLEST, 2 * self._last))
-        return max(min(_SMALLEST, self.max_budget), min(most, int(left / max(self.prefill_s, 1e-9))))
+        most = max(4 * _SMALLEST, 2 * self._last)
+        return self.at_most(min(most, int((step_s - decode_s) / max(self.prefill_s, 1e-9))))
+
+    def at_most(self, num_tokens: int) -> int:
+        """As many as that, within the limits of a step."""
+        return max(min(_SMALLEST, self.max_budget), min(self.max_budget, num_tokens))
 
     def observe(self, seconds: float, *, num_rows: int, num_prefilled: int) -> None:
         """A step took this long, from when the device began with it."""

@@ -21,10 +21,12 @@ from mlx_manager.inference.engine.paged_kernels import APPEND_AND_ATTEND, COPY_B
 
 _HEAD_DIMS = (32, 64, 128, 256)
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-# Four warps a group and four groups a multiprocessor keep the memory of an H200 (132 of them) busy. Fewer pages than this in a
-# split cost more to merge than they save. Measured there, and only there.
+# Four warps take up to four query heads of one key/value head through its pages. Below two such groups a multiprocessor (132 of them)
+# the pages of a row are split; fewer pages than this in a split cost more to merge than they save. Measured on an H100, and only there.
 _WARPS = 4
-_WANTED_GROUPS = 132 * 4
+_RUNS = 2
+_GROUP = 4
+_WANTED_GROUPS = 256
 _MIN_SPLIT_PAGES = 4
 _COPY_THREADS = 256
 
@@ -47,6 +49,9 @@ class PagedAttention(Protocol):
     blocks in the order of their tokens; `lengths` int32 [B] how many tokens are in the pool. Keys, values and queries share the
     pool's dtype.
     """
+
+    can_be_compiled: bool
+    """Whether it may be called inside `mx.compile`."""
 
     def append_and_attend(
         self,
@@ -106,6 +111,8 @@ def num_splits(num_groups: int, num_pages: int) -> int:
 class Kernels:
     """`PagedAttention` in place, on the GPU. Tests hand in what stands for `mx.fast.metal_kernel` or `mx.fast.cuda_kernel`."""
 
+    can_be_compiled = True
+
     def __init__(self, backend: Backend, make_kernel: Callable[..., Any] | None = None) -> None:
         if make_kernel is None:
             make_kernel = mx.fast.cuda_kernel if backend == "cuda" else mx.fast.metal_kernel
@@ -136,7 +143,7 @@ class Kernels:
         rows, query_heads, _, head_dim = queries.shape
         kv_heads = pool.keys.shape[1]
         shared_by = query_heads // kv_heads
-        group = 2 if shared_by % 2 == 0 else 1
+        group = next(g for g in range(_GROUP, 0, -1) if shared_by % g == 0)
         num_pages = table.shape[1] if window == 0 else min(table.shape[1], window // BLOCK_TOKENS + 2)
         splits = num_splits(rows * query_heads // group, num_pages)
         is_direct = splits == 1
@@ -167,6 +174,7 @@ class Kernels:
                 ("HEADS", kv_heads),
                 ("GQA", shared_by),
                 ("GROUP", group),
+                ("RUNS", _RUNS),
                 ("WARPS", _WARPS),
                 ("PAGE", BLOCK_TOKENS),
                 ("WINDOW", window),
@@ -241,8 +249,10 @@ def _whole_groups(num_threads: int) -> int:
 class Reference:
     """`PagedAttention` in plain MLX, on any device: slow, and what the kernels are measured by. Computes in float32.
 
-    Writes change the pool's array objects as `array[index] = x` does; not for use inside `mx.compile`.
+    Writes change the pool's array objects as `array[index] = x` does.
     """
+
+    can_be_compiled = False
 
     def append_and_attend(
         self,

@@ -9,6 +9,7 @@ The arrays of the pools are made once and written in place. What is queued on a 
 """
 # pyright: basic
 
+import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from mlx_manager.inference.engine.cache_layout import (
 from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, is_supported, self_test
 from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
+
+log = logging.getLogger(__name__)
 
 _NARROWEST_TABLE = 8  # blocks
 
@@ -191,6 +194,9 @@ class PagedCache:
         mx.eval([(pool.keys, pool.values) for pool in self._pools])
         self._rows: list[Sequence | None] = []  # None: forgotten since
         self._tables = Tables()
+        # A step is described once for each size of batch and table, and only filled in from then on: describing it takes the host
+        # longer than a small model takes the device. States are not handed through; the caches of the rows hold them.
+        self._compiled: Any = mx.compile(self._step) if attention.can_be_compiled and not self.needs_states else None
 
     @property
     def needs_states(self) -> bool:
@@ -285,11 +291,32 @@ class PagedCache:
         num_padding = padded_rows(num_rows) - num_rows
         rows = [*self._rows, *[None] * num_padding]
         lengths = np.array([0 if s is None else s.num_queued for s in rows], np.int32)
-        step = RowPass(self._attention, self._tables.on_device(), mx.array(lengths), mx.array(shifted(lengths, rows)))
         if num_padding:
             inputs = mx.pad(inputs, (0, num_padding))
-        logits = self._run(inputs[:, None], step, RowLayer, self._states.rows)[:num_rows, -1]
-        return logits, QueuedPass(self._epochs() + _arrays(self._states.rows))
+        tables, offsets = self._tables.on_device(), mx.array(shifted(lengths, rows))
+        logits, epochs = self._decode(inputs, tables, mx.array(lengths), offsets, self._epochs())
+        for pool, epoch in zip(self._pools, epochs, strict=True):
+            pool.epoch = epoch
+        return logits[:num_rows], QueuedPass(epochs + _arrays(self._states.rows))
+
+    def _decode(self, *described: Any) -> tuple[mx.array, list[mx.array]]:
+        if self._compiled is not None:
+            try:
+                return self._compiled(*described)
+            except Exception as error:  # noqa: BLE001 - whatever a model does on the way that cannot be described beforehand
+                log.info("the steps of this model are described anew each time: %s", error)
+                self._compiled = None
+        return self._step(*described)
+
+    def _step(
+        self, inputs: mx.array, table: mx.array, lengths: mx.array, offsets: mx.array, epochs: list[mx.array]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """One token for each of B rows → logits [B, V] and the epochs that the pools have then."""
+        for pool, epoch in zip(self._pools, epochs, strict=True):
+            pool.epoch = epoch
+        step = RowPass(self._attention, table, lengths, offsets)
+        logits = self._run(inputs[:, None], step, RowLayer, self._states.rows)[:, -1]
+        return logits, self._epochs()
 
     def settle(self, step: QueuedPass) -> None:
         """Everything is where it belongs."""

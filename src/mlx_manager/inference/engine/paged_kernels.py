@@ -106,22 +106,23 @@ class KernelText:
 # Grid: (32 * WARPS, HEADS * GQA / GROUP, rows * splits) in groups of (32 * WARPS, 1, 1).
 #
 # A group takes GROUP query heads of one key/value head, which share every load, through one split of a row's pages. Its warps take
-# turns at the pages; in a warp, D / 16 lanes share a token, each with two runs of 8 of its elements. Every lane group keeps a
+# turns at the pages; in a warp, D / (8 RUNS) lanes share a token, each with RUNS runs of 8 of its elements. Every lane group keeps a
 # softmax of its own (running maximum, weight and weighted sum of values); they are merged in the warp, then in the group, then,
 # with several splits, by the reduce kernel.
 #
-# Slots outside the sequence are loaded and thrown away, never multiplied by zero: what is left in them may be NaN. The new token
-# is attended to from registers, so nobody reads the slot that is written here. -1e30 stands for "nothing yet": subtracting it from
-# itself is 0, where infinities would give NaN.
+# Slots outside the sequence are never loaded, since what is left in them may be NaN: the nearest one inside stands for them, with no
+# weight. The new token is attended to from registers, so nobody reads the slot that is written here. -1e30 stands for "nothing yet":
+# subtracting it from itself is 0, where infinities would give NaN.
 #
-# Template: T (keys, values, queries), OUT (of `out`), SINK (of `sinks`), D, HEADS, GQA, GROUP, WARPS, PAGE, WINDOW, SINKS, DIRECT.
+# Template: T (keys, values, queries), OUT (of `out`), SINK (of `sinks`), D, HEADS, GQA, GROUP, RUNS, WARPS, PAGE, WINDOW, SINKS, DIRECT.
 APPEND_AND_ATTEND = KernelText(
     name="paged_append_and_attend",
     inputs=("queries", "keys", "values", "pool_keys", "pool_values", "table", "lengths", "scale", "sinks", "epoch"),
     outputs=("out", "statistics", "next_epoch"),
     body=r"""
-  constexpr int LANES = D / 16;       // share a token
-  constexpr int TOKENS = 32 / LANES;  // seen by a warp at once
+  constexpr int OWN = 8 * RUNS;        // elements of a token that a lane has
+  constexpr int LANES = D / OWN;       // share a token
+  constexpr int TOKENS = 32 / LANES;   // seen by a warp at once
   constexpr int ROUNDS = PAGE / TOKENS;
   constexpr int SETS = GQA / GROUP;
   const int part = lane % LANES, lane_group = lane / LANES;
@@ -137,14 +138,14 @@ APPEND_AND_ATTEND = KernelText(
   const int query_head = head * GQA + set * GROUP;
   const bool has_new_token = split == splits - 1 && warp == 0;
 
-  float query[GROUP][16], sum[GROUP][16], maximum[GROUP], weight[GROUP];
+  float query[GROUP][OWN], sum[GROUP][OWN], maximum[GROUP], weight[GROUP];
 #pragma unroll
   for (int g = 0; g < GROUP; ++g) {
     const KDEVICE T* from = queries + ((long)row * (HEADS * GQA) + query_head + g) * D;
-    kload8<T>(from + part * 8, &query[g][0]);
-    kload8<T>(from + (LANES + part) * 8, &query[g][8]);
 #pragma unroll
-    for (int e = 0; e < 16; ++e) {
+    for (int i = 0; i < RUNS; ++i) kload8<T>(from + (i * LANES + part) * 8, &query[g][i * 8]);
+#pragma unroll
+    for (int e = 0; e < OWN; ++e) {
       query[g][e] *= scale[0];
       sum[g][e] = 0.f;
     }
@@ -163,20 +164,19 @@ APPEND_AND_ATTEND = KernelText(
     float score[GROUP][ROUNDS];
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
-      const int slot = r * TOKENS + lane_group;
-      const int position = page * PAGE + slot;
-      const bool is_seen = position < length && position >= first;
-      float key[16];
-      kload8<T>(page_keys + slot * D + part * 8, &key[0]);
-      kload8<T>(page_keys + slot * D + (LANES + part) * 8, &key[8]);
+      const int position = page * PAGE + r * TOKENS + lane_group;
+      const int after = position < first ? first : position, nearest = after < length ? after : length - 1;
+      float key[OWN];
+#pragma unroll
+      for (int i = 0; i < RUNS; ++i) kload8<T>(page_keys + (nearest - page * PAGE) * D + (i * LANES + part) * 8, &key[i * 8]);
 #pragma unroll
       for (int g = 0; g < GROUP; ++g) {
         float dot = 0.f;
 #pragma unroll
-        for (int e = 0; e < 16; ++e) dot += query[g][e] * key[e];
+        for (int e = 0; e < OWN; ++e) dot += query[g][e] * key[e];
 #pragma unroll
         for (int o = 1; o < LANES; o *= 2) dot += KSHUFFLE_XOR(dot, o);
-        score[g][r] = is_seen ? dot : -3e38f;
+        score[g][r] = position >= first && position < length ? dot : -3e38f;
       }
     }
 #pragma unroll
@@ -194,35 +194,35 @@ APPEND_AND_ATTEND = KernelText(
       weight[g] = weight[g] * shrink + added;
       maximum[g] = highest;
 #pragma unroll
-      for (int e = 0; e < 16; ++e) sum[g][e] *= shrink;
+      for (int e = 0; e < OWN; ++e) sum[g][e] *= shrink;
     }
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
-      const int slot = r * TOKENS + lane_group;
-      const int position = page * PAGE + slot;
-      const bool is_seen = position < length && position >= first;
-      float value[16];
-      kload8<T>(page_values + slot * D + part * 8, &value[0]);
-      kload8<T>(page_values + slot * D + (LANES + part) * 8, &value[8]);
+      const int position = page * PAGE + r * TOKENS + lane_group;
+      const int after = position < first ? first : position, nearest = after < length ? after : length - 1;
+      float value[OWN];
+#pragma unroll
+      for (int i = 0; i < RUNS; ++i) kload8<T>(page_values + (nearest - page * PAGE) * D + (i * LANES + part) * 8, &value[i * 8]);
 #pragma unroll
       for (int g = 0; g < GROUP; ++g)
 #pragma unroll
-        for (int e = 0; e < 16; ++e) sum[g][e] += is_seen ? score[g][r] * value[e] : 0.f;
+        for (int e = 0; e < OWN; ++e) sum[g][e] += score[g][r] * value[e];
     }
   }
 
   if (has_new_token) {
     const long from = ((long)row * HEADS + head) * D;
-    float key[16], value[16];
-    kload8<T>(keys + from + part * 8, &key[0]);
-    kload8<T>(keys + from + (LANES + part) * 8, &key[8]);
-    kload8<T>(values + from + part * 8, &value[0]);
-    kload8<T>(values + from + (LANES + part) * 8, &value[8]);
+    float key[OWN], value[OWN];
+#pragma unroll
+    for (int i = 0; i < RUNS; ++i) {
+      kload8<T>(keys + from + (i * LANES + part) * 8, &key[i * 8]);
+      kload8<T>(values + from + (i * LANES + part) * 8, &value[i * 8]);
+    }
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {
       float dot = 0.f;
 #pragma unroll
-      for (int e = 0; e < 16; ++e) dot += query[g][e] * key[e];
+      for (int e = 0; e < OWN; ++e) dot += query[g][e] * key[e];
 #pragma unroll
       for (int o = 1; o < LANES; o *= 2) dot += KSHUFFLE_XOR(dot, o);
       if (lane_group == 0) {
@@ -231,17 +231,19 @@ APPEND_AND_ATTEND = KernelText(
         weight[g] = weight[g] * shrink + own;
         maximum[g] = highest;
 #pragma unroll
-        for (int e = 0; e < 16; ++e) sum[g][e] = sum[g][e] * shrink + own * value[e];
+        for (int e = 0; e < OWN; ++e) sum[g][e] = sum[g][e] * shrink + own * value[e];
       }
     }
     if (set == 0 && lane_group == 0) {  // the one group of this row and head that writes
       const long to = (((long)table[row * width + length / PAGE] * HEADS + head) * PAGE + length % PAGE) * D;
       KDEVICE T* to_keys = (KDEVICE T*)pool_keys + to;
       KDEVICE T* to_values = (KDEVICE T*)pool_values + to;
-      kcopy8<T>(keys + from + part * 8, to_keys + part * 8);
-      kcopy8<T>(keys + from + (LANES + part) * 8, to_keys + (LANES + part) * 8);
-      kcopy8<T>(values + from + part * 8, to_values + part * 8);
-      kcopy8<T>(values + from + (LANES + part) * 8, to_values + (LANES + part) * 8);
+#pragma unroll
+      for (int i = 0; i < RUNS; ++i) {
+        const int run = (i * LANES + part) * 8;
+        kcopy8<T>(keys + from + run, to_keys + run);
+        kcopy8<T>(values + from + run, to_values + run);
+      }
     }
   }
 
@@ -254,7 +256,7 @@ APPEND_AND_ATTEND = KernelText(
       const float shrink = KEXP(maximum[g] - highest), other_shrink = KEXP(other_maximum - highest);
       weight[g] = weight[g] * shrink + other_weight * other_shrink;
 #pragma unroll
-      for (int e = 0; e < 16; ++e) {
+      for (int e = 0; e < OWN; ++e) {
         const float other_sum = KSHUFFLE_XOR(sum[g][e], o);
         sum[g][e] = sum[g][e] * shrink + other_sum * other_shrink;
       }
@@ -274,10 +276,7 @@ APPEND_AND_ATTEND = KernelText(
         warp_weight[at] = weight[g];
       }
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        warp_sum[at * D + part * 8 + e] = sum[g][e];
-        warp_sum[at * D + (LANES + part) * 8 + e] = sum[g][8 + e];
-      }
+      for (int e = 0; e < OWN; ++e) warp_sum[at * D + (e / 8 * LANES + part) * 8 + e % 8] = sum[g][e];
     }
   }
   KBARRIER();

@@ -150,6 +150,8 @@ class Mailbox:
             stream.deliver(item)
 
 
+# Steps in a row that are for urgent prompts alone.
+_MOST_HURRIED = 8
 # Of a plain SSD, so that nothing is read that is computed sooner.
 _DISK_BYTES_PER_S = 500e6
 
@@ -217,6 +219,7 @@ class Engine:
         self._streams: dict[Sequence, TokenStream] = {}
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._pending: PendingStep | None = None
+        self._num_hurried = 0
         self._queued_at = 0.0  # when the pending step was queued
         self._read_at = 0.0  # when the step before had been read: the device began with the pending one then, or when it was queued
         self.counters = Counters()
@@ -349,6 +352,9 @@ class Engine:
 
     def _overlap(self) -> None:
         """Queues a step, then reads the one before."""
+        if self._pending is not None and self._is_awaited(self._pending):
+            awaited, self._pending = self._pending, None
+            self._read(awaited)
         plan = self._plan(self._budget())
         queued_at = time.monotonic()
         queued = None if plan.is_empty else self._runner.queue(plan)
@@ -384,18 +390,27 @@ class Engine:
         return plan
 
     def _budget(self) -> int:
-        """Prompt tokens for the next step. Where somebody waits for a first token who is more urgent than all who decode, these do not
-        count, and the step is for that prompt alone: what others would have computed beside it is what it would wait for."""
+        """Prompt tokens for the next step. Where somebody waits for a first token who is more urgent than all who decode, the step is for
+        that prompt alone: what others would have computed beside it is what it would wait for. Now and then they get on all the same."""
         scheduler = self._scheduler
         starting = [s for s in scheduler.running if s.first_token is None or s.num_prefill_left]
         if len(scheduler.running) < scheduler.policy.max_sequences:
             starting += scheduler.waiting
         decoding = [s.urgency for s in scheduler.running if s.wants_decode and s.first_token is not None]
         most = min((s.urgency for s in starting), default=0)
-        if decoding and most < min(decoding):
-            return self._pace.at_most(sum(s.num_prefill_left for s in starting if s.urgency == most))
+        if decoding and most < min(decoding) and self._num_hurried < _MOST_HURRIED:
+            self._num_hurried += 1
+            return min(self._pace.max_budget, sum(s.num_prefill_left for s in starting if s.urgency == most))
+        self._num_hurried = 0
         in_background = all(s.urgency == URGENCY["low"] for s in starting)
         return self._pace.budget(num_decoding=len(decoding), num_prefilling=len(starting), in_background=in_background)
+
+    def _is_awaited(self, pending: PendingStep) -> bool:
+        """Whether a step completes the prompt of somebody more urgent than all whose tokens it makes: the next step is for the first token
+        of that one, and may not be planned without it."""
+        rows = [s.urgency for s in pending.rows if s is not None]
+        done = [c.sequence.urgency for c, _ in pending.chunks if c.stop == c.sequence.prefill_end]
+        return bool(rows and done) and min(done) < min(rows)
 
     def _read(self, pending: PendingStep) -> None:
         tokens = self._runner.read(pending)

@@ -41,11 +41,8 @@ class Pace:
             step_s = crowded * max(self.target_s, _STRETCH * decode_s)
         # What has not been seen is not trusted: a budget grows step by step.
         most = max(4 * _SMALLEST, 2 * self._last)
-        return self.at_most(min(most, int((step_s - decode_s) / max(self.prefill_s, 1e-9))))
-
-    def at_most(self, num_tokens: int) -> int:
-        """As many as that, within the limits of a step."""
-        return max(min(_SMALLEST, self.max_budget), min(self.max_budget, num_tokens))
+        fitting = int((step_s - decode_s) / max(self.prefill_s, 1e-9))
+        return max(min(_SMALLEST, self.max_budget), min(self.max_budget, most, fitting))
 
     def observe(self, seconds: float, *, num_rows: int, num_prefilled: int) -> None:
         """A step took this long, from when the device began with it."""

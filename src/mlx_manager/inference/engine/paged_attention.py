@@ -17,7 +17,17 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
-from mlx_manager.inference.engine.paged_kernels import APPEND_AND_ATTEND, COPY_BLOCK, GATHER, REDUCE, WRITE, Backend, KernelText
+from mlx_manager.inference.engine.cache_layout import first_in_sight, prefill_mask
+from mlx_manager.inference.engine.paged_kernels import (
+    APPEND_AND_ATTEND,
+    ATTEND_CHUNK,
+    COPY_BLOCK,
+    GATHER,
+    REDUCE,
+    WRITE,
+    Backend,
+    KernelText,
+)
 
 _HEAD_DIMS = (32, 64, 128, 256)
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -29,6 +39,9 @@ _GROUP = 4
 _WANTED_GROUPS = 256
 _MIN_SPLIT_PAGES = 4
 _COPY_THREADS = 256
+_CHUNK_HEAD_DIMS = (64, 128)
+_CHUNK_ROWS = 64
+_CHUNK_THREADS = 128
 
 
 @dataclass(slots=True)
@@ -78,6 +91,29 @@ class PagedAttention(Protocol):
         """Puts a chunk [1, H, L, D] at positions `start` … of the one row of `table` [1, W]."""
         ...
 
+    def takes_padding(self, pool: Pool) -> bool:
+        """Whether `attend_chunk` gains from chunks of few different lengths, filled up with tokens that nobody looks at."""
+        ...
+
+    def attend_chunk(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        pool: Pool,
+        table: mx.array,
+        start: int,
+        stop: int,
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Puts the first `stop - start` tokens of `keys` and `values` [1, H, L, D] at positions `start` … of the one row of `table` [1, W],
+        and gives what their `queries` [1, Hq, L, D] attend to, [1, Hq, L, D]: each token itself and those before it, with a `window` the
+        last `window` of these. Only where it `takes_padding` may L be more; what comes of the rest means nothing."""
+        ...
+
     def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
         """The first `length` keys and values of the one row of `table` [1, W], each [1, H, length, D]: a copy, which stays as it
         is when the blocks change."""
@@ -123,6 +159,7 @@ class Kernels:
         self._append_and_attend = made(APPEND_AND_ATTEND)
         self._reduce = made(REDUCE)
         self._write = made(WRITE)
+        self._attend_chunk = made(ATTEND_CHUNK) if backend == "cuda" else None
         self._gather = made(GATHER)
         self._copy_block = made(COPY_BLOCK)
         self._scales: dict[float, mx.array] = {}
@@ -147,9 +184,7 @@ class Kernels:
         num_pages = table.shape[1] if window == 0 else min(table.shape[1], window // BLOCK_TOKENS + 2)
         splits = num_splits(rows * query_heads // group, num_pages)
         is_direct = splits == 1
-        if scale not in self._scales:
-            self._scales[scale] = mx.array([scale], mx.float32)
-        scales = self._scales[scale]
+        scales = self._scale(scale)
         sink_dtype = mx.float32 if sinks is None else sinks.dtype
         out_dtype = queries.dtype if is_direct else mx.float32
         out, statistics, pool.epoch = self._append_and_attend(
@@ -202,9 +237,62 @@ class Kernels:
         )[0]
 
     def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
+        self._put(keys, values, pool, table, mx.array([start, start + keys.shape[2]], mx.int32))
+
+    def takes_padding(self, pool: Pool) -> bool:
+        return self._attend_chunk is not None and pool.keys.dtype.size == 2 and pool.keys.shape[3] in _CHUNK_HEAD_DIMS
+
+    def attend_chunk(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        pool: Pool,
+        table: mx.array,
+        start: int,
+        stop: int,
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        if self._attend_chunk is None or not self.takes_padding(pool):
+            return _attend_gathered(self, queries, keys, values, pool, table, start, stop, scale, window, sinks)
+        _, query_heads, num_tokens, head_dim = queries.shape
+        kv_heads = pool.keys.shape[1]
+        span = mx.array([start, stop], mx.int32)
+        self._put(keys, values, pool, table, span)
+        scales = self._scale(scale)
+        num_tiles = -(-num_tokens * (query_heads // kv_heads) // _CHUNK_ROWS)
+        out, pool.epoch = self._attend_chunk(
+            inputs=[queries, pool.keys, pool.values, table, span, scales, scales if sinks is None else sinks, pool.epoch],
+            template=[
+                ("T", queries.dtype),
+                ("SINK", mx.float32 if sinks is None else sinks.dtype),
+                ("D", head_dim),
+                ("HEADS", kv_heads),
+                ("GQA", query_heads // kv_heads),
+                ("PAGE", BLOCK_TOKENS),
+                ("WINDOW", window),
+                ("SINKS", sinks is not None),
+                ("IS_HALF", queries.dtype == mx.float16),
+            ],
+            grid=(_CHUNK_THREADS, num_tiles, kv_heads),
+            threadgroup=(_CHUNK_THREADS, 1, 1),
+            output_shapes=[queries.shape, (1,)],
+            output_dtypes=[queries.dtype, mx.int32],
+        )
+        return out
+
+    def _scale(self, scale: float) -> mx.array:
+        if scale not in self._scales:
+            self._scales[scale] = mx.array([scale], mx.float32)
+        return self._scales[scale]
+
+    def _put(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, span: mx.array) -> None:
         _, kv_heads, num_tokens, head_dim = keys.shape
         (pool.epoch,) = self._write(
-            inputs=[keys, values, pool.keys, pool.values, table, mx.array([start], mx.int32), pool.epoch],
+            inputs=[keys, values, pool.keys, pool.values, table, span, pool.epoch],
             template=_template(pool),
             grid=(_whole_groups(num_tokens * head_dim // 8), kv_heads, 1),
             threadgroup=(_COPY_THREADS, 1, 1),
@@ -291,6 +379,28 @@ class Reference:
         blocks = table[0][positions // BLOCK_TOKENS]
         _put(pool, blocks, positions % BLOCK_TOKENS, keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1))
 
+    def takes_padding(self, pool: Pool) -> bool:
+        return True
+
+    def attend_chunk(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        pool: Pool,
+        table: mx.array,
+        start: int,
+        stop: int,
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        num_tokens = queries.shape[2]
+        queries, keys, values = (array[:, :, : stop - start] for array in (queries, keys, values))
+        result = _attend_gathered(self, queries, keys, values, pool, table, start, stop, scale, window, sinks)
+        return mx.pad(result, ((0, 0), (0, 0), (0, num_tokens - (stop - start)), (0, 0)))
+
     def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
         return _pages(pool.keys, table)[:, :, :length], _pages(pool.values, table)[:, :, :length]
 
@@ -298,6 +408,28 @@ class Reference:
         pool.keys[target] = pool.keys[source]
         pool.values[target] = pool.values[source]
         _after_write(pool)
+
+
+def _attend_gathered(
+    attention: PagedAttention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    pool: Pool,
+    table: mx.array,
+    start: int,
+    stop: int,
+    scale: float,
+    window: int,
+    sinks: mx.array | None,
+) -> mx.array:
+    """`attend_chunk` by MLX's own attention, on a copy of what comes before the chunk."""
+    attention.write(keys, values, pool, table, start)
+    first = first_in_sight(start, window or None)
+    if start > 0:
+        keys, values = (array[:, :, first:] for array in attention.gather(pool, table, stop))
+    mask = prefill_mask(stop - start, start - first, window or None, return_array=False)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def _put(pool: Pool, blocks: mx.array, slots: mx.array, keys: mx.array, values: mx.array) -> None:
@@ -428,6 +560,14 @@ def _exercise(
     write(longest, 311, 312)
     fork = [copy if block == source else block for block in longest]
     yield "attention of a fork", decode([(longest, 312), (fork, 311)])
+    for table, start, stop in ((tables[3], 0, 70), (longest, 313, 348)):
+        num_tokens = stop - start
+        room = 128 if attention.takes_padding(pool) else num_tokens
+        parts = (some(1, heads, num_tokens, head_dim) for heads in (query_heads, kv_heads, kv_heads))
+        queries, keys, values = (mx.pad(part, ((0, 0), (0, 0), (0, room - num_tokens), (0, 0))) for part in parts)
+        one = mx.array([table], mx.int32)
+        seen = attention.attend_chunk(queries, keys, values, pool, one, start, stop, scale=head_dim**-0.5, window=window, sinks=sinks)
+        yield f"attention of a chunk from {start}", seen[:, :, :num_tokens]
     mx.eval(pool.epoch)  # MLX would not wait for the writes: it takes the arrays for unchanged
     yield "keys left in the pool", pool.keys[1:]
     yield "values left in the pool", pool.values[1:]

@@ -30,7 +30,6 @@ from mlx_manager.inference.engine.cache_layout import (
     first_in_sight,
     host_view,
     layout,
-    prefill_mask,
     prompt_inputs,
     shifted,
 )
@@ -43,18 +42,13 @@ log = logging.getLogger(__name__)
 _NARROWEST_TABLE = 8  # blocks
 
 
-class RowLayer(AttendingCache):
-    """One layer's rows in one decode step."""
+class PagedLayer(AttendingCache):
+    """One layer in one pass."""
 
-    def __init__(self, step: "RowPass", pool: Pool, window: int | None) -> None:
-        self._step = step
+    def __init__(self, pool: Pool, window: int | None) -> None:
         self._pool = pool
         self._window = window
         self._own: KeysValues | None = None
-
-    @property
-    def offset(self) -> mx.array:
-        return self._step.offsets
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         self._own = keys, values
@@ -71,9 +65,27 @@ class RowLayer(AttendingCache):
         if not isinstance(mask, Sight):
             raise UnsupportedCache("it makes masks of its own")
         assert self._own is not None
-        step, (keys, values) = self._step, self._own
+        return self._attend(queries, *self._own, scale, mask.window or 0, sinks)
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int, sinks: mx.array | None) -> mx.array:
+        raise NotImplementedError
+
+
+class RowLayer(PagedLayer):
+    """One layer's rows in one decode step."""
+
+    def __init__(self, step: "RowPass", pool: Pool, window: int | None) -> None:
+        super().__init__(pool, window)
+        self._step = step
+
+    @property
+    def offset(self) -> mx.array:
+        return self._step.offsets
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int, sinks: mx.array | None) -> mx.array:
+        step = self._step
         return step.attention.append_and_attend(
-            queries, keys, values, self._pool, step.table, step.lengths, scale=scale, window=mask.window or 0, sinks=sinks
+            queries, keys, values, self._pool, step.table, step.lengths, scale=scale, window=window, sinks=sinks
         )
 
 
@@ -87,28 +99,24 @@ class RowPass:
     offsets: mx.array
 
 
-class ChunkLayer:
+class ChunkLayer(PagedLayer):
     """One layer of one chunk of a prompt."""
 
     def __init__(self, chunk: "ChunkPass", pool: Pool, window: int | None) -> None:
+        super().__init__(pool, window)
         self._chunk = chunk
-        self._pool = pool
-        self._window = window
         self.offset = chunk.start
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
-        chunk, first = self._chunk, first_in_sight(self._chunk.start, self._window)
-        page, table = chunk.table_from(first)
-        chunk.attention.write(keys, values, self._pool, table, chunk.start - page)
         self.offset += keys.shape[2]
-        if chunk.start == 0:
-            return keys, values
-        keys, values = chunk.attention.gather(self._pool, table, chunk.stop - page)
-        return (keys, values) if first == page else (keys[:, :, first - page :], values[:, :, first - page :])
+        return super().update_and_fetch(keys, values)
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any):
-        start = self._chunk.start
-        return prefill_mask(N, start - first_in_sight(start, self._window), window_size or self._window, return_array)
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int, sinks: mx.array | None) -> mx.array:
+        chunk = self._chunk
+        page, table = chunk.table_from(first_in_sight(chunk.start, window or None))
+        return chunk.attention.attend_chunk(
+            queries, keys, values, self._pool, table, chunk.start - page, chunk.stop - page, scale=scale, window=window, sinks=sinks
+        )
 
 
 class ChunkPass:
@@ -192,6 +200,8 @@ class PagedCache:
             _check(layer, self.groups[layer.group])
         self._pools = [_pool(self.groups[layer.group], num_blocks) for layer in self._attending]
         mx.eval([(pool.keys, pool.values) for pool in self._pools])
+        # A state is that after all tokens, those included that only fill up a chunk.
+        self._pads_chunks = not self.needs_states and all(attention.takes_padding(pool) for pool in self._pools)
         self._rows: list[Sequence | None] = []  # None: forgotten since
         self._tables = Tables()
         # A step is described once for each size of batch and table, and only filled in from then on: describing it takes the host
@@ -270,7 +280,10 @@ class PagedCache:
     def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
         chunk = ChunkPass(self._attention, sequence.table, start, stop)
         states = self._states.of(sequence)
-        self._run(prompt_inputs(self._model, sequence, start, stop), chunk, ChunkLayer, states)
+        inputs = prompt_inputs(self._model, sequence, start, stop)
+        if self._pads_chunks and not sequence.spec.pictures:
+            inputs = mx.pad(inputs, ((0, 0), (0, padded_tokens(stop - start) - (stop - start))))
+        self._run(inputs, chunk, ChunkLayer, states)
         made = self._epochs() + _arrays(states)
         return QueuedPass(made, self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None)
 
@@ -371,6 +384,14 @@ class PagedCache:
 def padded_rows(num_rows: int) -> int:
     """A batch has one of a few sizes."""
     return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
+
+
+def padded_tokens(num_tokens: int) -> int:
+    """A chunk has one of a few lengths: matrix products are planned anew for each, and a short one takes as long as its weights do."""
+    if num_tokens <= 128:
+        return max(16, 1 << (num_tokens - 1).bit_length())
+    step = 64 if num_tokens <= 512 else 128
+    return -(-num_tokens // step) * step
 
 
 def padded_width(num_blocks: int) -> int:

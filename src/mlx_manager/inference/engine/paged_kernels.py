@@ -326,18 +326,215 @@ REDUCE = KernelText(
 """,
 )
 
+# CUDA alone, for 16-bit keys of 64 or 128: a chunk of a prompt attends to the pages of its row through tensor cores. Metal's own attention
+# serves any shape at once; that of CUDA plans anew for each length, which takes longer than the attention itself.
+#
+# Grid: (128, ceil(tokens * GQA / 64), HEADS) in groups of (128, 1, 1).
+#
+# A group takes 64 rows of one key/value head, a row being a token and one of the query heads that share the head; each of its four warps
+# takes 16. The pages that they see come one after the other into shared memory, the next one while this one is computed, in pieces of
+# 16 bytes whose place is turned by their token, so that eight tokens' pieces lie in different banks. Scores and results stay in
+# registers, laid out as `mma.m16n8k16` has them: a lane has rows lane / 4 and lane / 4 + 8, and two columns of every eight.
+# Scores are in powers of two. Slots behind the last token are filled with zeros, since what is left in them may be NaN.
+#
+# Template: T (keys, values, queries, out), SINK, D, HEADS, GQA, PAGE, WINDOW, SINKS, IS_HALF.
+ATTEND_CHUNK = KernelText(
+    name="paged_attend_chunk",
+    inputs=("queries", "pool_keys", "pool_values", "table", "span", "scale", "sinks", "epoch"),
+    outputs=("out", "next_epoch"),
+    body=r"""
+  constexpr int PIECES = D / 8;
+  constexpr int STEPS = D / 16;
+  constexpr int KEY_TILES = PAGE / 8;
+  constexpr float LOG2E = 1.4426950408889634f;
+  __shared__ __align__(128) T shared_keys[2][PAGE * D];
+  __shared__ __align__(128) T shared_values[2][PAGE * D];
+  const int num_tokens = queries_shape[2];  // those that only fill up the chunk see what its last one does
+  const int begin = span[0], stop = span[1];
+  const int num_rows = num_tokens * GQA;
+  const int tile = (int)gridDim.y - 1 - group_y, head = group_z;  // the longest first
+  const int top = tile * 64 + warp * 16 + lane / 4;
+  const int rows[2] = {top, top + 8};
+  int positions[2];
+  long offsets[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = min(rows[i], num_rows - 1);
+    positions[i] = min(begin + row / GQA, stop - 1);
+    offsets[i] = ((long)(head * GQA + row % GQA) * num_tokens + row / GQA) * D + (lane % 4) * 2;
+  }
+
+  unsigned query[STEPS][4];
+#pragma unroll
+  for (int s = 0; s < STEPS; ++s) {
+    query[s][0] = *reinterpret_cast<const unsigned*>(queries + offsets[0] + s * 16);
+    query[s][1] = *reinterpret_cast<const unsigned*>(queries + offsets[1] + s * 16);
+    query[s][2] = *reinterpret_cast<const unsigned*>(queries + offsets[0] + s * 16 + 8);
+    query[s][3] = *reinterpret_cast<const unsigned*>(queries + offsets[1] + s * 16 + 8);
+  }
+  float sum[PIECES][4], maximum[2], weight[2];
+#pragma unroll
+  for (int t = 0; t < PIECES; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[t][e] = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    maximum[i] = -1e30f;
+    weight[i] = 0.f;
+    if (SINKS) {
+      maximum[i] = static_cast<float>(sinks[head * GQA + min(rows[i], num_rows - 1) % GQA]) * LOG2E;
+      weight[i] = lane % 4 == 0 ? 1.f : 0.f;
+    }
+  }
+
+  const int first_position = min(begin + tile * 64 / GQA, stop - 1);
+  const int last_position = min(begin + min(tile * 64 + 63, num_rows - 1) / GQA, stop - 1);
+  const int first_page = (WINDOW > 0 && first_position + 1 > WINDOW) ? (first_position + 1 - WINDOW) / PAGE : 0;
+  const int last_page = last_position / PAGE;
+
+  auto fetch = [&](int page, int stage) {
+    const long base = ((long)table[page] * HEADS + head) * (PAGE * D);
+#pragma unroll
+    for (int i = thread_x; i < PAGE * PIECES; i += 128) {
+      const int slot = i / PIECES, piece = i % PIECES;
+      const int at = slot * D + (piece ^ (slot & 7)) * 8;
+      const int num_bytes = page * PAGE + slot < stop ? 16 : 0;
+      const unsigned to_key = (unsigned)__cvta_generic_to_shared(&shared_keys[stage][at]);
+      const unsigned to_value = (unsigned)__cvta_generic_to_shared(&shared_values[stage][at]);
+      const long from = base + slot * D + piece * 8;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_key), "l"(pool_keys + from), "r"(num_bytes));
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_value), "l"(pool_values + from), "r"(num_bytes));
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  auto multiply = [&](float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    if constexpr (IS_HALF)
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  };
+  auto packed = [&](float low, float high) {
+    T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
+    return *reinterpret_cast<unsigned*>(pair);
+  };
+
+  fetch(first_page, 0);
+  for (int page = first_page; page <= last_page; ++page) {
+    const int stage = (page - first_page) & 1;
+    if (page < last_page) {
+      fetch(page + 1, stage ^ 1);
+      asm volatile("cp.async.wait_group 1;");
+    } else {
+      asm volatile("cp.async.wait_group 0;");
+    }
+    __syncthreads();
+
+    float score[KEY_TILES][4];
+#pragma unroll
+    for (int j = 0; j < KEY_TILES; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) score[j][e] = 0.f;
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+#pragma unroll
+      for (int j = 0; j < KEY_TILES; j += 2) {
+        const int slot = (j + lane / 16) * 8 + lane % 8, piece = s * 2 + lane / 8 % 2;
+        const int at = slot * D + (piece ^ (slot & 7)) * 8;
+        const unsigned from = (unsigned)__cvta_generic_to_shared(&shared_keys[stage][at]);
+        unsigned b[4];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                     : "r"(from));
+        multiply(score[j], query[s], b[0], b[1]);
+        multiply(score[j + 1], query[s], b[2], b[3]);
+      }
+    }
+
+    float highest[2] = {maximum[0], maximum[1]};
+#pragma unroll
+    for (int j = 0; j < KEY_TILES; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int position = page * PAGE + j * 8 + (lane % 4) * 2 + e % 2, mine = positions[e / 2];
+        const bool is_seen = position <= mine && (WINDOW == 0 || position > mine - WINDOW);
+        score[j][e] = is_seen ? score[j][e] * (scale[0] * LOG2E) : -3e38f;
+        highest[e / 2] = fmaxf(highest[e / 2], score[j][e]);
+      }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      highest[i] = fmaxf(highest[i], KSHUFFLE_XOR(highest[i], 1));
+      highest[i] = fmaxf(highest[i], KSHUFFLE_XOR(highest[i], 2));
+      const float shrink = exp2f(maximum[i] - highest[i]);
+      maximum[i] = highest[i];
+      weight[i] *= shrink;
+#pragma unroll
+      for (int t = 0; t < PIECES; ++t) {
+        sum[t][i * 2] *= shrink;
+        sum[t][i * 2 + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < KEY_TILES; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        score[j][e] = exp2f(score[j][e] - maximum[e / 2]);
+        weight[e / 2] += score[j][e];
+      }
+
+#pragma unroll
+    for (int k = 0; k < KEY_TILES / 2; ++k) {
+      const unsigned a[4] = {
+          packed(score[2 * k][0], score[2 * k][1]), packed(score[2 * k][2], score[2 * k][3]),
+          packed(score[2 * k + 1][0], score[2 * k + 1][1]), packed(score[2 * k + 1][2], score[2 * k + 1][3])};
+#pragma unroll
+      for (int t = 0; t < PIECES; t += 2) {
+        const int slot = k * 16 + lane / 8 % 2 * 8 + lane % 8, piece = t + lane / 16;
+        const int at = slot * D + (piece ^ (slot & 7)) * 8;
+        const unsigned from = (unsigned)__cvta_generic_to_shared(&shared_values[stage][at]);
+        unsigned b[4];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                     : "r"(from));
+        multiply(sum[t], a, b[0], b[1]);
+        multiply(sum[t + 1], a, b[2], b[3]);
+      }
+    }
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    weight[i] += KSHUFFLE_XOR(weight[i], 1);
+    weight[i] += KSHUFFLE_XOR(weight[i], 2);
+    if (rows[i] < num_rows) {
+#pragma unroll
+      for (int t = 0; t < PIECES; ++t)
+        *reinterpret_cast<unsigned*>(out + offsets[i] + t * 8) = packed(sum[t][i * 2] / weight[i], sum[t][i * 2 + 1] / weight[i]);
+    }
+  }
+  if (thread_x == 0 && group_y == 0 && group_z == 0) """
+    + _NEXT_EPOCH
+    + "\n",
+)
+
 # The kernels below move runs of 8 elements, one a thread. CUDA rounds a grid up to whole groups, so each thread checks its place.
 # Grid: (tokens * D / 8, HEADS, 1). Template: T, D, HEADS, PAGE.
 WRITE = KernelText(
     name="paged_write",
-    inputs=("keys", "values", "pool_keys", "pool_values", "table", "start", "epoch"),
+    inputs=("keys", "values", "pool_keys", "pool_values", "table", "span", "epoch"),
     outputs=("next_epoch",),
     body=r"""
   constexpr int RUNS = D / 8;
   const int num_tokens = keys_shape[2];
   const int token = index_x / RUNS, run = index_x % RUNS;
-  if (token < num_tokens) {
-    const int position = start[0] + token;
+  const int position = span[0] + token;
+  if (position < span[1]) {
     const long from = ((long)group_y * num_tokens + token) * D + run * 8;
     const long to = (((long)table[position / PAGE] * HEADS + group_y) * PAGE + position % PAGE) * D + run * 8;
     kcopy8<T>(keys + from, (KDEVICE T*)pool_keys + to);

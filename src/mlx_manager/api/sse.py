@@ -11,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from .server_protocol import reset_connection
 
 KEEP_ALIVE = b": keep-alive\n\n"
+_TURN = 8  # events
 
 _T = TypeVar("_T")
 
@@ -101,10 +102,13 @@ class EventStream(Response):
         clock = asyncio.get_running_loop().time
         start: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await self._send_timed(send, start, clock())
+        num_written = 0
         async for framed in self._events:
             await self._send_timed(send, _body(framed, more=True), clock())
             self._last_write = clock()
-            await asyncio.sleep(0)  # neither a ready event nor a write need wait, and then nobody else would run
+            num_written += 1
+            if num_written % _TURN == 0:  # neither a ready event nor a write need wait, and then nobody else would run
+                await asyncio.sleep(0)
 
     async def _send_timed(self, send: Send, message: Message, now: float) -> None:
         """Send, with the time noted for `_watch`: a timer of its own for every token would be dearer."""

@@ -2,15 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 
 from mlx_manager.core.errors import TimedOut
 from mlx_manager.core.events import Event, Started
-from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RerankRequest
+from mlx_manager.core.requests import Conversation, EmbeddingRequest, GenerationRequest, RerankRequest
 from mlx_manager.core.vectors import Embeddings, Ranking
 from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.inference.dialect import Prepared
 from mlx_manager.inference.pool import Pool
+
+# A form may take seconds until it is refused, and its thread only waits for that: the threads that all else needs are others.
+_FORMS = ThreadPoolExecutor(64, thread_name_prefix="forms")
 
 
 async def prepare(pool: Pool, media: RemoteMedia, request: GenerationRequest) -> Prepared:
@@ -20,7 +24,13 @@ async def prepare(pool: Pool, media: RemoteMedia, request: GenerationRequest) ->
     dialect = await pool.dialect(request.model)
     if dialect.pictures is not None:
         request = await media.fetched(request, targets)
+    if _may_have_a_form(request):
+        return await asyncio.get_running_loop().run_in_executor(_FORMS, dialect.prepare, request)
     return await asyncio.to_thread(dialect.prepare, request)
+
+
+def _may_have_a_form(request: GenerationRequest) -> bool:
+    return request.output is not None or any(isinstance(p, Conversation) and p.tools for p in request.prompts)
 
 
 class LocalBackend:

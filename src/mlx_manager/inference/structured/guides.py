@@ -6,13 +6,13 @@ from typing import Any
 
 from llguidance import LLMatcher
 
+from mlx_manager.confined.messages import WALL_FACTOR
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.requests import Conversation, Effort, GenerationRequest, Prompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
 from mlx_manager.inference.structured.calls import CallGrammar, call_grammar
 from mlx_manager.inference.structured.compiler import Compiler, grammar_of, json_grammar
 from mlx_manager.inference.structured.guide import Calls, Guide, Lead, Mark, Thought
-from mlx_manager.inference.structured.trial_messages import WALL_FACTOR
 from mlx_manager.inference.structured.trials import LIMIT_S
 
 # Tokens of reasoning that an effort allows where the template has no levels of its own; None: as many as it likes.

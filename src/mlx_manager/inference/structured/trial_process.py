@@ -1,97 +1,32 @@
-"""The process in which grammars are tried, as `trials` starts it; its input is a socket.
+"""The program that tries grammars: compiles each, and makes the masks of its first few tokens. Imports nothing but the compiler."""
 
-A native call cannot be stopped from inside its thread. So each grammar is compiled in a fork of this process first, under limits that the
-kernel keeps: when its time or memory is up the fork is gone, whatever it is doing. Nothing is imported but the compiler, so that the
-process is there at once; and it has one thread, as what forks must.
-"""
-
-import gc
 import json
-import os
-import resource
-import signal
-import socket
-import struct
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from llguidance import LLMatcher, LLTokenizer
 
-from mlx_manager.inference.structured.trial_messages import FAILED, MAX_ANSWER_BYTES, PASSED, PID, TIME_LIMIT, WALL_FACTOR, received
+from mlx_manager.confined.child import Work, serve
 
-# Without a grammar to try for so long the process ends; the next one starts another.
-_IDLE_S = 600.0
 _NUM_TRIED = 8
 # Of the processor, for a token after the first: others wait for it at each step.
 _MAX_MASK_S = 0.025
-# What a grammar may take of memory beyond what is there already; on Linux only, where such a limit is kept.
 _MEMORY_BYTES = 512 << 20
+_MAX_ERROR_BYTES = 4 << 10
 _WARM_UP = LLMatcher.grammar_from_json_schema({"type": "object"})
-_PAGE_BYTES = resource.getpagesize()
 
 
-def main() -> None:
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which goes on for a while; its end is ours
-        signal.signal(ignored, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
-    with socket.socket(fileno=0) as control:
-        vocabulary = json.loads(received(control))
-        tokens = LLTokenizer(vocabulary["tokenizer"], n_vocab=vocabulary["vocab_size"], eos_token=vocabulary["stop_tokens"])
-        stop_tokens = vocabulary["stop_tokens"]
-        del vocabulary
-        _error(_WARM_UP, tokens, stop_tokens)  # what is made once is made here and not in every fork, the allocator's order among it
-        gc.disable()
-        control.settimeout(_IDLE_S)
-        while _fork_and_wait(control, tokens, stop_tokens):
-            pass
+def _prepared(message: bytes) -> Work:
+    vocabulary = json.loads(message)
+    stop_tokens = vocabulary["stop_tokens"]
+    tokens = LLTokenizer(vocabulary["tokenizer"], n_vocab=vocabulary["vocab_size"], eos_token=stop_tokens)
+    _error(_WARM_UP, tokens, stop_tokens)  # what is made once is made here and not in every fork, the allocator's order among it
+    return partial(_tried, tokens, stop_tokens)
 
 
-def _fork_and_wait(control: socket.socket, tokens: LLTokenizer, stop_tokens: Sequence[int]) -> bool:
-    """Forks ahead of the next grammar, because that takes milliseconds where the vocabulary is large; returns once the fork has one.
-    False: nobody wants anything any more."""
-    begun, begin = os.pipe()
-    if os.fork() == 0:
-        job = _next_job(control)
-        if job is not None:
-            os.write(begin, PASSED)
-            os.close(begin)
-            control.close()
-            _try_and_exit(job, tokens, stop_tokens)
-        os._exit(0)
-    os.close(begin)
-    with open(begun, "rb") as waits:
-        return waits.read(1) == PASSED
-
-
-def _next_job(control: socket.socket) -> socket.socket | None:
-    """A connection with one grammar; None once nobody wants anything any more."""
-    try:
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-    except OSError:
-        return None
-    return socket.socket(fileno=descriptors[0]) if descriptors else None
-
-
-def _try_and_exit(job: socket.socket, tokens: LLTokenizer, stop_tokens: Sequence[int]) -> None:
-    """In a process of its own. What it says is how it went; if it says nothing, a limit was reached."""
-    try:
-        (limit_s,) = TIME_LIMIT.unpack(job.recv(TIME_LIMIT.size, socket.MSG_WAITALL))
-        signal.setitimer(signal.ITIMER_PROF, limit_s)  # the signals of both end the process
-        signal.setitimer(signal.ITIMER_REAL, limit_s * WALL_FACTOR)
-        job.sendall(PID.pack(os.getpid()))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what the compiler has to say when it dies is nobody's
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if sys.platform == "linux":
-            with open("/proc/self/statm", encoding="ascii") as sizes:
-                limit = int(sizes.read().split()[0]) * _PAGE_BYTES + _MEMORY_BYTES
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        error = _error(received(job).decode(), tokens, stop_tokens)
-        job.sendall(FAILED + error.encode()[:MAX_ANSWER_BYTES] if error else PASSED)
-    except (OSError, struct.error):  # whoever asked has gone
-        pass
-    finally:
-        os._exit(0)
+def _tried(tokens: LLTokenizer, stop_tokens: Sequence[int], grammar: bytes) -> bytes:
+    return _error(grammar.decode(), tokens, stop_tokens).encode()[:_MAX_ERROR_BYTES]
 
 
 def _error(grammar: str, tokens: LLTokenizer, stop_tokens: Sequence[int]) -> str:
@@ -125,4 +60,4 @@ def _one_of(mask: bytes, stop_tokens: Sequence[int]) -> int | None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(_prepared, memory_bytes=_MEMORY_BYTES)

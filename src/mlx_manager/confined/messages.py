@@ -1,13 +1,12 @@
-"""What `trials` and its process say to each other. Sizes go first: a stream has no ends of messages."""
+"""What both sides say to each other over sockets. Sizes go first: a stream has no ends of messages."""
 
 import socket
 import struct
 
-PASSED, FAILED = b"+", b"-"
+# A fork begins with who it is.
 PID = struct.Struct("!i")
 TIME_LIMIT = struct.Struct("!d")  # seconds of the processor
-WALL_FACTOR = 1.25  # of the clock for each of these
-MAX_ANSWER_BYTES = 4 << 10
+WALL_FACTOR = 1.25  # of the clock for each of these, for a busy machine
 _SIZE = struct.Struct("!Q")
 
 
@@ -19,7 +18,7 @@ def send(to: socket.socket, message: bytes) -> None:
 def received(source: socket.socket) -> bytes:
     """Raises `struct.error` for a message that is not whole."""
     (size,) = _SIZE.unpack(source.recv(_SIZE.size, socket.MSG_WAITALL))
-    message = source.recv(size, socket.MSG_WAITALL)
+    message = source.recv(size, socket.MSG_WAITALL) if size else b""
     if len(message) < size:
         raise struct.error("the message ended early")
     return message

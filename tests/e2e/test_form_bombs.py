@@ -91,6 +91,20 @@ def test_twenty_at_once_leave_the_others_alone(server: Running, http: httpx2.Cli
     assert http.post("/v1/chat/completions", json=HELLO | {"response_format": form(GOOD), "max_tokens": 40}).status_code == 200
 
 
+GROWING = 'start: x x x\nx: "a" | x x | x x x | "a" x "a"'
+
+
+def test_a_form_that_costs_more_with_each_token_ends_before_it_keeps_everybody_waiting(server: Running, http: httpx2.Client) -> None:
+    body = {"model": MODEL, "prompt": "Hi", "guided_grammar": GROWING, "max_tokens": 600, "temperature": 0}
+    began = time.monotonic()
+    streamed = http.post("/v1/completions", json=body | {"stream": True}).text
+    last = json.loads(streamed.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["error"]["param"] == "guided_grammar"
+    assert "[DONE]" not in streamed
+    assert time.monotonic() - began < 30  # without a limit it is minutes
+    server.wait_until_idle(within_s=5)
+
+
 def test_a_signal_ends_the_server_and_all_that_it_started(tmp_path: Path) -> None:
     with serve_process(tmp_path) as running, running.http() as http, ThreadPoolExecutor(2) as pool:
         assert running.process is not None

@@ -59,6 +59,7 @@ class Guides:
         if answer is None and calls is None and not banned and (thought is None or thought.budget is None):
             return None
         return Guide(
+            field="tools" if request.output is None else request.output_field,
             decode=self._decode,
             vocab_size=self._vocab_size,
             stop_tokens=self._stop_tokens,

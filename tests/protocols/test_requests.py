@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, RemoteImage, ToolCall, Video
+from mlx_manager.core.messages import Document, Image, RemoteImage, ToolCall, Video
 from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
@@ -285,6 +285,9 @@ def test_the_text_of_a_file_is_read() -> None:
     data = base64.b64encode("é".encode()).decode()
     assert content(file_data=data) == content(file_data=f"data:text/plain;base64,{data}") == "é"
     assert content(file_data=data, filename="a.txt") == "a.txt:\né"
+    paper = base64.b64encode(b"%PDF-1.7").decode()
+    assert content(file_data=paper, filename="a.pdf") == ("a.pdf:\n", Document(b"%PDF-1.7"))
+    assert content(file_data=f"data:text/plain;base64,{paper}") == (Document(b"%PDF-1.7"),)
     for wrong in ({"file_id": "x"}, {"file_data": base64.b64encode(b"%PDF\xff").decode()}):
         with pytest.raises(InvalidField, match="file"):
             content(**wrong)

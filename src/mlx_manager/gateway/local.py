@@ -9,6 +9,7 @@ from mlx_manager.core.errors import TimedOut
 from mlx_manager.core.events import Event, Started
 from mlx_manager.core.requests import Conversation, EmbeddingRequest, GenerationRequest, RerankRequest
 from mlx_manager.core.vectors import Embeddings, Ranking
+from mlx_manager.gateway.documents import Documents
 from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.inference.dialect import Prepared
 from mlx_manager.inference.pool import Pool
@@ -17,11 +18,12 @@ from mlx_manager.inference.pool import Pool
 _FORMS = ThreadPoolExecutor(64, thread_name_prefix="forms")
 
 
-async def prepare(pool: Pool, media: RemoteMedia, request: GenerationRequest) -> Prepared:
-    """A request as a model takes it, with the pictures that it only names; none is fetched for a model that could not look at it.
-    Raises `core.errors`."""
+async def prepare(pool: Pool, media: RemoteMedia, documents: Documents, request: GenerationRequest) -> Prepared:
+    """A request as a model takes it, with the text of its documents and the pictures that it only names; none is fetched for a model that
+    could not look at it. Raises `core.errors`."""
     targets = media.targets(request)
     dialect = await pool.dialect(request.model)
+    request = await documents.read(request)
     if dialect.pictures is not None:
         request = await media.fetched(request, targets)
     if _may_have_a_form(request):
@@ -36,12 +38,13 @@ def _may_have_a_form(request: GenerationRequest) -> bool:
 class LocalBackend:
     name = "local"
 
-    def __init__(self, pool: Pool, media: RemoteMedia) -> None:
+    def __init__(self, pool: Pool, media: RemoteMedia, documents: Documents) -> None:
         self._pool = pool
         self._media = media
+        self._documents = documents
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event]:
-        prepared = await prepare(self._pool, self._media, request)
+        prepared = await prepare(self._pool, self._media, self._documents, request)
         yield Started(prepared.prompt_tokens, prepared.unused)
         async with self._pool.lend(request.model) as model, aclosing(model.generate(prepared)) as events:
             async for event in events:

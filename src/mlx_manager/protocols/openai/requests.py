@@ -28,7 +28,7 @@ from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.checked import checked
 from mlx_manager.protocols.fields import Rule, invalid_field, quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import check_pictures, file_text, image_from_url, video_from_url
+from mlx_manager.protocols.media import check_pictures, file_parts, image_from_url, video_from_url
 from mlx_manager.protocols.openai import schema
 from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.wire import Wanted
@@ -175,31 +175,31 @@ def _content(wire: schema.Message, where: str) -> core.Content:
         raise InvalidField(f"A {wire.role} message needs 'content'.", param=f"{where}.content", code="missing_required_parameter")
     if isinstance(wire.content, str):
         return wire.content
-    return core.content_of([_part(part, wire.role, f"{where}.content[{i}]") for i, part in enumerate(wire.content)])
+    return core.content_of([said for i, part in enumerate(wire.content) for said in _parts(part, wire.role, f"{where}.content[{i}]")])
 
 
-def _part(wire: schema.Part, role: str, where: str) -> core.Part:
+def _parts(wire: schema.Part, role: str, where: str) -> Sequence[core.Part]:
     match wire.type:
         case "text":
             if wire.text is None:
                 raise _missing(f"{where}.text")
-            return wire.text
+            return (wire.text,)
         case "refusal":
             if wire.refusal is None:
                 raise _missing(f"{where}.refusal")
-            return wire.refusal
+            return (wire.refusal,)
         case "image_url":
             if wire.image_url is None:
                 raise _missing(f"{where}.image_url")
             _check_shows(role, where)
-            return image_from_url(wire.image_url.url, f"{where}.image_url")
+            return (image_from_url(wire.image_url.url, f"{where}.image_url"),)
         case "video_url":
             if wire.video_url is None:
                 raise _missing(f"{where}.video_url")
             _check_shows(role, where)
-            return video_from_url(wire.video_url.url, wire.video_url.num_frames, f"{where}.video_url")
+            return (video_from_url(wire.video_url.url, wire.video_url.num_frames, f"{where}.video_url"),)
         case "file":
-            return file_text(wire.file or {}, f"{where}.file")
+            return file_parts(wire.file or {}, f"{where}.file")
         case "input_audio":
             message = f"No model here hears: it cannot take a part of type '{wire.type}' in '{where}.type'."
             raise InvalidField(message, param=f"{where}.type", code="unsupported_value")

@@ -206,8 +206,8 @@ _SAMPLING: Mapping[str, Rule] = {
 CHAT_FIELDS: Mapping[str, Rule] = {
     **_SAMPLING,
     "messages": honoured(
-        "1 to 4,096; `developer` is read as `system`; `reasoning_content` and `reasoning` are accepted back; parts: text, `file` with "
-        "text, `image_url` (`https` only where the server is told to fetch), "
+        "1 to 4,096; `developer` is read as `system`; `reasoning_content` and `reasoning` are accepted back; parts: text, "
+        "`file` that is text or a PDF with text in it, `image_url` (`https` only where the server is told to fetch), "
         "`video_url` (extension: MP4, QuickTime or WebM of 2 minutes at most, `num_frames` of it, 8 or 1 to 32)"
     ),
     "max_completion_tokens": honoured("the same as `max_tokens`; different values of the two are refused"),

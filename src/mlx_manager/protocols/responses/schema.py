@@ -333,7 +333,7 @@ RESPONSES_FIELDS: Mapping[str, Rule] = {
     "input": honoured(
         "text or up to 16,384 items: messages, reasoning, calls of functions and custom tools, of shells and patches, their outputs, "
         "`item_reference`, `additional_tools`; other items are rendered as nothing and named, `compaction_trigger` is refused; "
-        "pictures by `image_url` (`https` only where the server is told to fetch)"
+        "files that are text or PDFs with text in them; pictures by `image_url` (`https` only where the server is told to fetch)"
     ),
     "instructions": honoured("the first system message; not inherited through `previous_response_id`"),
     "previous_response_id": honoured("of a response that is still kept: 1,024 for each client, 64 MiB, one hour, none after a restart"),

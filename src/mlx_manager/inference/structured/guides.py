@@ -8,10 +8,10 @@ from llguidance import LLMatcher
 
 from mlx_manager.confined.messages import WALL_FACTOR
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.requests import Conversation, Effort, GenerationRequest, Prompt, Reasoning, ToolSpec
+from mlx_manager.core.requests import Conversation, Effort, GenerationRequest, JsonSchema, Prompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
-from mlx_manager.inference.structured.calls import CallGrammar, call_grammar
-from mlx_manager.inference.structured.compiler import Compiler, grammar_of, json_grammar
+from mlx_manager.inference.structured.calls import CallGrammar, call_grammar, has_enforceable_form
+from mlx_manager.inference.structured.compiler import Compiler, grammar_of
 from mlx_manager.inference.structured.guide import Calls, Guide, Lead, Mark, Thought
 from mlx_manager.inference.structured.trials import LIMIT_S
 
@@ -54,8 +54,10 @@ class Guides:
                 lead = self._lead(_CALL_LEAD)
             elif choice.mode == "none" and prompt.tools:
                 banned = self._openings()
-            elif tools and (choice.names is not None or any(tool.strict for tool in tools) or answer is not None):
-                answer, calls = self._free_calls(answer, tools, once=once, must=choice.names is not None or any(t.strict for t in tools))
+            elif tools:
+                must = choice.names is not None or any(tool.strict for tool in tools)
+                if must or answer is not None or any(has_enforceable_form(tool, self._family) for tool in tools):
+                    answer, calls = self._free_calls(answer, tools, once=once, must=must)
         if answer is None and calls is None and not banned and (thought is None or thought.budget is None):
             return None
         return Guide(
@@ -99,8 +101,8 @@ class Guides:
                 if left < _MIN_TOOL_S:
                     break
                 field = f"tools: {tool.name}"
-                grammar = _written(lambda tool=tool: json_grammar(tool.parameters, strict=tool.strict), field)
-                self._compiler.compile(grammar, field, limit_s=left)
+                form = JsonSchema(tool.parameters, tool.strict) if tool.form is None else tool.form
+                self._compiler.compile(_written(lambda form=form: grammar_of(form), field), field, limit_s=left)
             raise
 
     def _thought(self, wanted: Reasoning, tokens: Sequence[int], opened: Tag | None) -> Thought | None:

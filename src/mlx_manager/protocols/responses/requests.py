@@ -13,10 +13,12 @@ from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
     GenerationRequest,
+    Grammar,
     JsonSchema,
     OutputFormat,
     Reasoning,
     ReasoningOption,
+    Regex,
     ToolChoice,
     ToolSpec,
 )
@@ -438,17 +440,30 @@ class _Tools:
             raise InvalidField(message, param=f"{where}.name")
         self.called[called.flat] = called
         lines = [about, tool.description]
+        form: Regex | Grammar | None = None
         match tool:
             case schema.FunctionTool():
                 parameters, strict = tool.parameters or {}, tool.strict is True
                 check_schema(parameters, f"{where or 'input.tools'}.parameters", strict=strict)
             case schema.CustomTool():
                 parameters, strict = _CUSTOM_PARAMETERS, False
-                if tool.format is not None and tool.format.type == "grammar":
+                form = _form(tool.format, f"{where or 'input.tools'}.format")
+                if form is not None and tool.format is not None:
                     lines.append(f"The {PARAMETER} follows this grammar ({tool.format.syntax}):\n{tool.format.definition}")
-                    self.ignored.append("tools.format")
+                if isinstance(form, Grammar):
+                    self.ignored.append("tools.format")  # enforced by some models only
         said = [line for line in lines if line is not None]
-        self.specs.append(ToolSpec(called.flat, "\n".join(said) if said else None, MappingProxyType(parameters), strict=strict))
+        self.specs.append(ToolSpec(called.flat, "\n".join(said) if said else None, MappingProxyType(parameters), strict=strict, form=form))
+
+
+def _form(asked: schema.InputFormat | None, where: str) -> Regex | Grammar | None:
+    if asked is None or asked.type == "text":
+        return None
+    for name, value in (("syntax", asked.syntax), ("definition", asked.definition)):
+        if value is None:
+            raise _missing(f"{where}.{name}")
+    definition = asked.definition or ""
+    return Regex(definition) if asked.syntax == "regex" else Grammar(definition)
 
 
 _CUSTOM_PARAMETERS: Json = {

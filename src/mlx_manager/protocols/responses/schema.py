@@ -73,7 +73,7 @@ class FunctionTool(Schema):
 class InputFormat(Schema):
     type: Literal["text", "grammar"]
     syntax: Literal["lark", "regex"] | None = None
-    definition: str | None = None
+    definition: Annotated[str, Field(min_length=1, max_length=64 << 10)] | None = None
 
 
 class CustomTool(Schema):
@@ -351,7 +351,10 @@ RESPONSES_FIELDS: Mapping[str, Rule] = {
     "seed": honoured("64-bit integer; the same draws in any batch (extension)"),
     "stop": honoured("string or up to 16 strings of up to 256 characters; found across tokens, never shown (extension)"),
     "logit_bias": honoured("up to 1,024 token ids, -100 to 100 (extension)"),
-    "tools": honoured("up to 256: `function`, `custom`, `namespace`; tools that are run elsewhere are dropped and named"),
+    "tools": honoured(
+        "up to 256: `function`, `custom`, `namespace`; the `regex` of a custom tool is enforced, its `lark` where calls hold plain text, "
+        "and it is named in any case; tools that are run elsewhere are dropped and named"
+    ),
     "tool_choice": honoured("`none`, `auto`, `required`, a function or custom tool by name, `allowed_tools`; enforced while decoding"),
     "parallel_tool_calls": honoured("false ends the reply after the first call"),
     "text": honoured("`format`: `text`, `json_object`, `json_schema`, enforced while decoding; `verbosity` has no effect"),

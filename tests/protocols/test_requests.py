@@ -322,6 +322,35 @@ def bodies(base: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     return changes.map(lambda wrong: base | wrong)
 
 
+@pytest.mark.parametrize(
+    ("tool", "param"),
+    [
+        ({"type": "custom"}, "tools[0].custom"),
+        ({"type": "function", "custom": {"name": "f"}}, "tools[0].function"),
+        ({"type": "custom", "custom": {"name": "f", "format": {"type": "grammar"}}}, "tools[0].custom.format.grammar"),
+        ({"type": "custom", "custom": {"name": "a b"}}, "tools[0].custom.name"),
+    ],
+)
+def test_a_tool_that_is_not_whole_is_refused_by_what_is_missing(tool: Any, param: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(tools=[tool])
+    assert refused.value.param == param
+
+
+def test_a_call_of_a_custom_tool_comes_back_as_its_text() -> None:
+    call: Any = {"id": "c", "type": "custom", "custom": {"name": "f", "input": "a\n"}}
+    messages = [CHAT["messages"][0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    said = conversation(messages=messages, tools=[{"type": "custom", "custom": {"name": "f"}}])
+    assert said.messages[1].tool_calls == (ToolCall("c", "f", '{"input": "a\\n"}'),)
+    lark = {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: A"}}
+    read = read_chat(json.dumps(CHAT | {"tools": [{"type": "custom", "custom": {"name": "f", "format": lark}}]}).encode())
+    assert read.ignored == ("tools.custom.format",)
+    del call["custom"]
+    with pytest.raises(InvalidField) as refused:
+        conversation(messages=messages)
+    assert refused.value.param == "messages[1].tool_calls[0].custom"
+
+
 @given(bodies(CHAT) | bodies(COMPLETION))
 def test_any_object_is_read_or_refused_as_an_invalid_field(body: dict[str, Any]) -> None:
     raw = json.dumps(body).encode()

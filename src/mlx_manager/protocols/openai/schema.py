@@ -74,10 +74,18 @@ class FunctionCall(Schema):
     arguments: str | None = None
 
 
+class CustomCall(Schema):
+    name: str
+    input: str
+
+
 class ToolCall(Schema):
+    """What is called, by its type."""
+
     id: str
-    type: Literal["function"] | None = None
-    function: FunctionCall
+    type: Literal["function", "custom"] | None = None
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
 
 
 class Message(Schema):
@@ -107,9 +115,28 @@ class Function(Schema):
     strict: bool | None = None
 
 
+class CustomGrammar(Schema):
+    syntax: Literal["lark", "regex"]
+    definition: Annotated[str, Field(min_length=1, max_length=64 << 10)]
+
+
+class CustomFormat(Schema):
+    type: Literal["text", "grammar"]
+    grammar: CustomGrammar | None = None
+
+
+class Custom(Schema):
+    name: Name
+    description: str | None = None
+    format: CustomFormat | None = None
+
+
 class Tool(Schema):
-    type: Literal["function"]
-    function: Function
+    """What may be called, by its type."""
+
+    type: Literal["function", "custom"]
+    function: Function | None = None
+    custom: Custom | None = None
 
 
 class NamedSchema(Schema):
@@ -213,8 +240,11 @@ CHAT_FIELDS: Mapping[str, Rule] = {
     "max_completion_tokens": honoured("the same as `max_tokens`; different values of the two are refused"),
     "logprobs": honoured("under the model's own distribution, before temperature and filters"),
     "top_logprobs": honoured("0 to 20; only with `logprobs`"),
-    "tools": honoured("up to 256 functions; with `strict: true` arguments follow the schema to the letter"),
-    "tool_choice": honoured("`none`, `auto`, `required`, a function by name, `allowed_tools`; enforced while decoding"),
+    "tools": honoured(
+        "up to 256: `function`, with `strict: true` arguments follow the schema to the letter; `custom`, not with `stream`, whose `regex` "
+        "is enforced, and its `lark` where calls hold plain text, and it is named in any case"
+    ),
+    "tool_choice": honoured("`none`, `auto`, `required`, a function or a custom tool by name, `allowed_tools`; enforced while decoding"),
     "parallel_tool_calls": honoured("false ends the reply after the first call"),
     "response_format": honoured("`text`, `json_object`, `json_schema`; enforced while decoding, after the reasoning"),
     "reasoning_effort": honoured("`none`: no reasoning; else the template's own level or a budget; ignored by models that do not reason"),

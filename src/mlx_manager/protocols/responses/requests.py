@@ -18,17 +18,16 @@ from mlx_manager.core.requests import (
     OutputFormat,
     Reasoning,
     ReasoningOption,
-    Regex,
     ToolChoice,
     ToolSpec,
 )
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.checked import checked_object
+from mlx_manager.protocols.custom_tools import custom_tool, form_of, write_input
 from mlx_manager.protocols.fields import quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import check_pictures, file_parts, image_from_url
 from mlx_manager.protocols.responses import schema
-from mlx_manager.protocols.responses.custom_input import PARAMETER, write_input
 from mlx_manager.protocols.responses.history import Item, Kept
 from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.seal import Seal
@@ -440,38 +439,20 @@ class _Tools:
             raise InvalidField(message, param=f"{where}.name")
         self.called[called.flat] = called
         lines = [about, tool.description]
-        form: Regex | Grammar | None = None
         match tool:
             case schema.FunctionTool():
                 parameters, strict = tool.parameters or {}, tool.strict is True
                 check_schema(parameters, f"{where or 'input.tools'}.parameters", strict=strict)
-            case schema.CustomTool():
-                parameters, strict = _CUSTOM_PARAMETERS, False
-                form = _form(tool.format, f"{where or 'input.tools'}.format")
-                if form is not None and tool.format is not None:
-                    lines.append(f"The {PARAMETER} follows this grammar ({tool.format.syntax}):\n{tool.format.definition}")
+                said = [line for line in lines if line is not None]
+                spec = ToolSpec(called.flat, "\n".join(said) if said else None, MappingProxyType(parameters), strict=strict)
+            case schema.CustomTool(format=asked):
+                form = None
+                if asked is not None and asked.type == "grammar":
+                    form = form_of(asked.syntax, asked.definition, f"{where or 'input.tools'}.format")
+                spec = custom_tool(called.flat, lines, form)
                 if isinstance(form, Grammar):
                     self.ignored.append("tools.format")  # enforced by some models only
-        said = [line for line in lines if line is not None]
-        self.specs.append(ToolSpec(called.flat, "\n".join(said) if said else None, MappingProxyType(parameters), strict=strict, form=form))
-
-
-def _form(asked: schema.InputFormat | None, where: str) -> Regex | Grammar | None:
-    if asked is None or asked.type == "text":
-        return None
-    for name, value in (("syntax", asked.syntax), ("definition", asked.definition)):
-        if value is None:
-            raise _missing(f"{where}.{name}")
-    definition = asked.definition or ""
-    return Regex(definition) if asked.syntax == "regex" else Grammar(definition)
-
-
-_CUSTOM_PARAMETERS: Json = {
-    "type": "object",
-    "properties": {PARAMETER: {"type": "string", "description": "Free text"}},
-    "required": [PARAMETER],
-    "additionalProperties": False,
-}
+        self.specs.append(spec)
 
 
 def _echoed(tool: schema.FunctionTool | schema.CustomTool) -> Json:

@@ -91,7 +91,7 @@ def test_twenty_at_once_leave_the_others_alone(server: Running, http: httpx2.Cli
     assert http.post("/v1/chat/completions", json=HELLO | {"response_format": form(GOOD), "max_tokens": 40}).status_code == 200
 
 
-GROWING = 'start: x x x\nx: "a" | x x | x x x | "a" x "a"'
+GROWING = 'start: x x x\nx: "a" | x x | x x x | x x x x | x x x x x | "a" x "a"'
 
 
 def test_a_form_that_costs_more_with_each_token_ends_before_it_keeps_everybody_waiting(server: Running, http: httpx2.Client) -> None:

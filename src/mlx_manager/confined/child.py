@@ -29,7 +29,7 @@ def serve(prepare: Callable[[bytes], Work], *, memory_bytes: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(fileno=0) as control:
         work = prepare(received(control))
-        gc.disable()
+        gc.freeze()  # a fork that looked through all this would copy it
         control.settimeout(_IDLE_S)
         while _fork_and_wait(control, work, memory_bytes):
             pass

@@ -51,6 +51,7 @@ class Compiler:
         if error:
             raise InvalidField(f"Invalid '{field}': {_reason(error)}.", param=field)
         matcher = LLMatcher(tokens, grammar, log_level=0)
+        matcher.compute_bitmask()  # what the first one takes longer than others is not for the device thread
         with self._lock:
             if grammar not in self._compiled:
                 self._compiled[grammar] = matcher

@@ -61,7 +61,7 @@ def test_each_kind_is_refused_in_time_by_its_name(http: httpx2.Client) -> None:
         answers = list(pool.map(sent, BOMBS.values()))
     for (_, _, field), (response, took_s) in zip(BOMBS.values(), answers, strict=True):
         assert response.status_code == 400, response.text
-        assert f"'{field}'" in response.json()["error"]["message"]
+        assert f"'{field.partition(':')[0]}" in response.json()["error"]["message"]  # which tool it is, if there is time
         assert took_s < 5  # all of them at once; alone it is less than three
     began = time.monotonic()
     path, body, _ = BOMBS["a schema in chat"]

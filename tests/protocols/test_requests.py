@@ -322,6 +322,14 @@ def bodies(base: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     return changes.map(lambda wrong: base | wrong)
 
 
+@pytest.mark.parametrize(("field", "limit"), [("guided_regex", 4096), ("guided_grammar", 65_536)])
+def test_a_form_has_a_length_at_most(field: str, limit: int) -> None:
+    assert chat(**{field: "a" * limit}).output is not None
+    with pytest.raises(InvalidField) as refused:
+        chat(**{field: "a" * (limit + 1)})
+    assert refused.value.param == field
+
+
 @pytest.mark.parametrize(
     ("tool", "param"),
     [

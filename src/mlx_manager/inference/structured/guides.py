@@ -18,7 +18,7 @@ from mlx_manager.inference.structured.trials import LIMIT_S
 # Tokens of reasoning that an effort allows where the template has no levels of its own; None: as many as it likes.
 _BUDGETS: Mapping[Effort, int | None] = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 24576, "xhigh": None, "max": None}
 # For all tools together, and the least that says something of one.
-_MAX_TOOLS_S, _MIN_TOOL_S = LIMIT_S * WALL_FACTOR + 0.4, 0.2
+_MAX_TOOLS_S, _MIN_TOOL_S = LIMIT_S * WALL_FACTOR + 0.4, 0.1
 _NEWLINES = ("\n", "\n\n")
 # What a message on a channel begins with, after its author.
 _ANSWER_LEAD, _CALL_LEAD = "<|channel|>final<|message|>", ""

@@ -13,7 +13,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-Pattern = Annotated[str, Field(min_length=1)]
+Pattern = Annotated[str, Field(min_length=1, max_length=4 << 10)]
+Lark = Annotated[str, Field(min_length=1, max_length=64 << 10)]
 Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)]
 
 
@@ -23,7 +24,7 @@ class StructuredOutputs(Schema):
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: Pattern | None = None
     choice: Choices | None = None
-    grammar: Pattern | None = None
+    grammar: Lark | None = None
 
 
 class StreamOptions(Schema):
@@ -43,7 +44,7 @@ class Generation(BiasedSamplingFields):
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Pattern | None = None
     guided_choice: Choices | None = None
-    guided_grammar: Pattern | None = None
+    guided_grammar: Lark | None = None
 
 
 class ImageUrl(Schema):
@@ -117,7 +118,7 @@ class Function(Schema):
 
 class CustomGrammar(Schema):
     syntax: Literal["lark", "regex"]
-    definition: Annotated[str, Field(min_length=1, max_length=64 << 10)]
+    definition: Lark
 
 
 class CustomFormat(Schema):

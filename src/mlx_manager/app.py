@@ -20,6 +20,7 @@ from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHea
 from mlx_manager.api.server_protocol import ReceiptDeadlines
 from mlx_manager.config import Config
 from mlx_manager.core.errors import EngineFault
+from mlx_manager.gateway.documents import Documents
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
 from mlx_manager.gateway.remote_media import RemoteMedia
@@ -52,14 +53,15 @@ def build_services(config: Config) -> Services:
     )
     pool = Pool(device, _finder(config), limits)
     media = RemoteMedia(config.remote_media_hosts, allows_http=config.remote_media_http)
+    documents = Documents()
     metrics = telemetry.Metrics(pool.engines)
     gateway = Gateway(
-        LocalBackend(pool, media),
+        LocalBackend(pool, media, documents),
         max_requests=config.max_concurrent_requests,
         listeners=(metrics.record, telemetry.trace_exchange),
     )
     seal = Seal(lambda: read_or_make_key(config.reasoning_key_path))
-    return Services(config, device, pool, media, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
+    return Services(config, device, pool, media, documents, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
 
 
 def _finder(config: Config) -> Callable[[], list[Checkpoint]]:

@@ -1,6 +1,7 @@
 """The Responses API through the official SDK, which here refuses every reply that its types do not allow."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,16 @@ def test_two_calls_come_in_one_response_unless_only_one_is_wanted(client: OpenAI
     assert [json.loads(item.arguments) for item in both.output if item.type == "function_call"] == [{"city": "Paris"}, {"city": "London"}]
     assert json.loads(call_of(one).arguments) == {"city": "Paris"}
     assert not one.parallel_tool_calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_text_of_a_custom_tool_matches_its_regular_expression(client: OpenAI, stream: bool) -> None:
+    tool: Any = {**CUSTOM_WEATHER, "format": {"type": "grammar", "syntax": "regex", "definition": r'(on|off)\n"[0-9]{1,3}"'}}
+    asked: Any = {"model": MODEL, "input": "Switch it.", "tools": [tool], "tool_choice": {"type": "custom", "name": "get_weather"}}
+    reply: Any = client.responses.create(**asked, reasoning={"effort": "none"}, parallel_tool_calls=False, stream=stream)
+    (call,) = ([*reply][-1].response if stream else reply).output
+    assert call.type == "custom_tool_call"
+    assert re.fullmatch(r'(on|off)\n"[0-9]{1,3}"', call.input)
 
 
 def test_a_custom_tool_is_called_with_text_and_its_result_is_understood(client: OpenAI) -> None:

@@ -1,6 +1,7 @@
 """Forms and calls that are enforced, through the official SDK in its strict mode, over a real socket."""
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
@@ -159,6 +160,38 @@ def test_a_form_that_cannot_be_enforced_names_the_keyword(client: OpenAI) -> Non
     with pytest.raises(BadRequestError, match="uniqueItems") as refused:
         ask(client, "Hi", response_format=form)
     assert refused.value.param == "response_format.json_schema.schema"
+
+
+SWITCH: Any = {
+    "type": "custom",
+    "custom": {
+        "name": "switch",
+        "description": "Switches it",
+        "format": {"type": "grammar", "grammar": {"syntax": "regex", "definition": r"(on|off)\n[0-9]{1,3}"}},
+    },
+}
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_custom_tool_is_called_with_a_text_of_its_form_and_understood_in_the_history(client: OpenAI, model: str) -> None:
+    named: Any = {"type": "custom", "custom": {"name": "switch"}}
+    asked: Any = {"model": model, "max_tokens": 300, "extra_body": QUIET, "tools": [SWITCH, WEATHER]}
+    user: Any = {"role": "user", "content": "Hello!"}
+    reply = client.chat.completions.create(messages=[user], tool_choice=named, parallel_tool_calls=False, **asked)
+    (call,) = reply.choices[0].message.tool_calls or []
+    assert call.type == "custom"
+    assert re.fullmatch(r"(on|off)\n[0-9]{1,3}", call.custom.input)
+    assert reply.choices[0].finish_reason == "tool_calls"
+    assistant: Any = reply.choices[0].message.model_dump(exclude_none=True)
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    again = client.chat.completions.create(messages=[user, assistant, result], tool_choice="none", **asked)
+    assert again.choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_custom_tool_in_a_stream_is_refused_because_no_chunk_tells_of_one(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError) as refused:
+        ask(client, "Hi", tools=[WEATHER, SWITCH], stream=True)
+    assert refused.value.param == "tools[1].type"
 
 
 # ---- the same over the other protocols

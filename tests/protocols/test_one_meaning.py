@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, Message, RemoteImage, ToolCall, Video
+from mlx_manager.core.messages import Document, Image, Message, RemoteImage, ToolCall, Video
 from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
@@ -254,6 +254,22 @@ def test_what_only_chat_has_words_for_survives_there(request_: GenerationRequest
 def test_what_messages_alone_can_say_survives_there() -> None:
     begun = asking(SEEN, Message("assistant", "Well"), continues=True)
     assert read_messages(sent(write_messages(begun)), SEAL).request == begun
+
+
+def test_a_document_comes_through_each_client_mode() -> None:
+    paper = Document(b"%PDF-1.7 ...")
+    asked = asking(Message("user", ("Read ", paper)))
+    read = [
+        read_chat(sent(write_chat(asked))).request,
+        read_messages(sent(write_messages(asked)), SEAL).request,
+        read_responses(sent(write_responses(asked)), Nothing(), SEAL).request,
+    ]
+    for request in read:
+        (conversation,) = request.prompts
+        assert isinstance(conversation, Conversation)
+        content = conversation.messages[0].content
+        assert not isinstance(content, str)
+        assert [part for part in content if not isinstance(part, str)] == [paper]
 
 
 @pytest.mark.parametrize("write", [write_messages, write_responses])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, RemoteImage, ToolCall, Video
+from mlx_manager.core.messages import Document, Image, RemoteImage, ToolCall, Video
 from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
@@ -285,6 +285,9 @@ def test_the_text_of_a_file_is_read() -> None:
     data = base64.b64encode("é".encode()).decode()
     assert content(file_data=data) == content(file_data=f"data:text/plain;base64,{data}") == "é"
     assert content(file_data=data, filename="a.txt") == "a.txt:\né"
+    paper = base64.b64encode(b"%PDF-1.7").decode()
+    assert content(file_data=paper, filename="a.pdf") == ("a.pdf:\n", Document(b"%PDF-1.7"))
+    assert content(file_data=f"data:text/plain;base64,{paper}") == (Document(b"%PDF-1.7"),)
     for wrong in ({"file_id": "x"}, {"file_data": base64.b64encode(b"%PDF\xff").decode()}):
         with pytest.raises(InvalidField, match="file"):
             content(**wrong)
@@ -317,6 +320,43 @@ def bodies(base: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     """A good body with some fields replaced by anything."""
     changes = st.dictionaries(st.sampled_from(KEYS) | st.text(), values, max_size=3) | st.fixed_dictionaries({"messages": messages})
     return changes.map(lambda wrong: base | wrong)
+
+
+@pytest.mark.parametrize(("field", "limit"), [("guided_regex", 4096), ("guided_grammar", 65_536)])
+def test_a_form_has_a_length_at_most(field: str, limit: int) -> None:
+    assert chat(**{field: "a" * limit}).output is not None
+    with pytest.raises(InvalidField) as refused:
+        chat(**{field: "a" * (limit + 1)})
+    assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("tool", "param"),
+    [
+        ({"type": "custom"}, "tools[0].custom"),
+        ({"type": "function", "custom": {"name": "f"}}, "tools[0].function"),
+        ({"type": "custom", "custom": {"name": "f", "format": {"type": "grammar"}}}, "tools[0].custom.format.grammar"),
+        ({"type": "custom", "custom": {"name": "a b"}}, "tools[0].custom.name"),
+    ],
+)
+def test_a_tool_that_is_not_whole_is_refused_by_what_is_missing(tool: Any, param: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(tools=[tool])
+    assert refused.value.param == param
+
+
+def test_a_call_of_a_custom_tool_comes_back_as_its_text() -> None:
+    call: Any = {"id": "c", "type": "custom", "custom": {"name": "f", "input": "a\n"}}
+    messages = [CHAT["messages"][0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    said = conversation(messages=messages, tools=[{"type": "custom", "custom": {"name": "f"}}])
+    assert said.messages[1].tool_calls == (ToolCall("c", "f", '{"input": "a\\n"}'),)
+    lark = {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: A"}}
+    read = read_chat(json.dumps(CHAT | {"tools": [{"type": "custom", "custom": {"name": "f", "format": lark}}]}).encode())
+    assert read.ignored == ("tools.custom.format",)
+    del call["custom"]
+    with pytest.raises(InvalidField) as refused:
+        conversation(messages=messages)
+    assert refused.value.param == "messages[1].tool_calls[0].custom"
 
 
 @given(bodies(CHAT) | bodies(COMPLETION))

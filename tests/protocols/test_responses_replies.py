@@ -30,7 +30,7 @@ from mlx_manager.core.events import (
     Usage,
     collect,
 )
-from mlx_manager.protocols.responses.custom_input import InputReader, write_input
+from mlx_manager.protocols.custom_tools import InputReader, write_input
 from mlx_manager.protocols.responses.replies import ResponsesWriter
 from mlx_manager.protocols.responses.requests import CalledTool, read_responses
 from mlx_manager.protocols.seal import Seal

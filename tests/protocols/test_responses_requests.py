@@ -13,7 +13,7 @@ from openai.types.responses import input_token_count_params, response_create_par
 
 from mlx_manager.core.errors import InvalidField, NotFound
 from mlx_manager.core.messages import Image, Message, RemoteImage, ToolCall
-from mlx_manager.core.requests import AnyJson, Conversation, JsonSchema, Reasoning, ToolChoice, ToolSpec
+from mlx_manager.core.requests import AnyJson, Conversation, Grammar, JsonSchema, Reasoning, Regex, ToolChoice, ToolSpec
 from mlx_manager.protocols.openai.requests import read_chat
 from mlx_manager.protocols.responses import schema
 from mlx_manager.protocols.responses.history import Item, Kept, item_of
@@ -387,11 +387,21 @@ def test_tools_of_all_kinds_are_functions_to_the_model_and_keep_their_names() ->
     assert read.ignored == ("tools.web_search", "tools.local_shell")
 
 
-def test_the_grammar_of_a_custom_tool_is_told_to_the_model_and_named_as_not_enforced() -> None:
+def test_the_grammar_of_a_custom_tool_is_told_to_the_model_and_named_because_few_are_held_to_it() -> None:
     read = wanted(tools=[{**G, "format": {"type": "grammar", "syntax": "lark", "definition": "start: /a+/"}}])
     assert "start: /a+/" in (read.request.prompts[0].tools[0].description or "")  # type: ignore[union-attr]
     assert read.ignored == ("tools.format",)
     assert wanted(tools=[{**G, "format": {"type": "text"}}]).ignored == ()
+    assert read.request.prompts[0].tools[0].form == Grammar("start: /a+/")  # type: ignore[union-attr]
+
+
+def test_the_regular_expression_of_a_custom_tool_is_asked_for() -> None:
+    read = wanted(tools=[{**G, "format": {"type": "grammar", "syntax": "regex", "definition": "a+"}}])
+    assert read.request.prompts[0].tools[0].form == Regex("a+")  # type: ignore[union-attr]
+    assert read.ignored == ()
+    for name in ("syntax", "definition"):
+        format = {"type": "grammar", "syntax": "regex", "definition": "a+", name: None}
+        assert refusal(tools=[{**G, "format": format}]).param == f"tools[0].format.{name}"
 
 
 def test_tools_that_come_with_the_input_are_added_once() -> None:

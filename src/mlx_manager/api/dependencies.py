@@ -6,6 +6,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from mlx_manager.config import Config
+from mlx_manager.gateway.documents import Documents
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.inference.engine.device import Device
@@ -22,6 +23,7 @@ class Services:
     device: Device
     pool: Pool
     media: RemoteMedia
+    documents: Documents
     gateway: Gateway
     database: Database
     metrics: Metrics

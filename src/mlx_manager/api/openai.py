@@ -41,6 +41,7 @@ async def chat_completions(request: Request, services: ServicesDep) -> Response:
         fingerprint=_FINGERPRINT,
         num_choices=wanted.request.num_replies,
         include_usage=wanted.include_usage,
+        custom_tools=wanted.custom_tools,
     )
     return await answer(request, services, wanted, writer)
 

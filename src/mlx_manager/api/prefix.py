@@ -31,7 +31,7 @@ async def explain(request: Request, services: ServicesDep) -> PrefixExplanation:
     """Takes the body of a chat or a completion request and computes nothing of it. Of several prompts the first is explained."""
     body = await request.body()
     wanted = read_chat(body) if "messages" in read_json_object(body) else read_completion(body)
-    prepared = await prepare(services.pool, services.media, wanted.request)
+    prepared = await prepare(services.pool, services.media, services.documents, wanted.request)
     dialect = await services.pool.dialect(wanted.request.model)
     async with services.pool.lend(wanted.request.model) as model:
         found = await model.engine.explain(prepared.specs[0])

@@ -32,9 +32,17 @@ class RemoteImage:
     where: str = field(default="messages", compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A PDF as the client sent it, not read yet. The gateway puts its text in its place before a model sees the request."""
+
+    data: bytes
+    where: str = field(default="messages", compare=False)
+
+
 Media = Image | Video | RemoteImage
-Part = str | Media
-# Text; or, where there is something to look at, text and that in their order.
+Part = str | Media | Document
+# Text; or, where there is something to look at or to read, text and that in their order.
 Content = str | tuple[Part, ...]
 
 
@@ -66,7 +74,7 @@ class Message:
     @property
     def media(self) -> tuple[Media, ...]:
         """What is shown."""
-        return () if isinstance(self.content, str) else tuple(part for part in self.content if not isinstance(part, str))
+        return () if isinstance(self.content, str) else tuple(part for part in self.content if not isinstance(part, str | Document))
 
 
 def content_of(parts: Sequence[Part]) -> Content:

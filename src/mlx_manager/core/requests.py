@@ -36,12 +36,14 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """A function that the model may call. `parameters` is a JSON Schema; with `strict` the arguments follow it to the letter."""
+    """A function that the model may call. `parameters` is a JSON Schema; with `strict` the arguments follow it to the letter. `form` is
+    what the text has to match that is the one parameter of some."""
 
     name: str
     description: str | None = None
     parameters: JsonObject = field(default_factory=_nothing)
     strict: bool = False
+    form: "Regex | Grammar | None" = None
 
 
 @dataclass(frozen=True, slots=True)

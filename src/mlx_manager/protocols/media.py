@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, Message, RemoteImage, Video
+from mlx_manager.core.messages import Document, Image, Message, RemoteImage, Video
 
 MAX_IMAGE_BYTES = 20 << 20
 # Of a request, with its whole history.
@@ -18,6 +18,8 @@ VIDEO_TYPES = ("video/mp4", "video/quicktime", "video/webm")
 NUM_FRAMES = 8
 # Browsers name the codecs of what they record in its address, with commas that do not belong there.
 _MAX_VIDEO_HEAD = 256
+# As its bytes begin, whatever a client calls it; some programs put white space before.
+_PDF = re.compile(rb"\s{0,64}%PDF-\d")
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*?(;base64)?,(.*)", re.DOTALL | re.IGNORECASE)
 
 
@@ -72,8 +74,8 @@ def video_from_url(url: str, num_frames: int | None, where: str) -> Video:
     return Video(_from_base64(url[len(head) + len(mark) :], where), NUM_FRAMES if num_frames is None else num_frames, where)
 
 
-def file_text(file: dict[str, Any], where: str) -> str:
-    """The text of an attached file. Raises `InvalidField` for one that is only named, or that holds something else."""
+def file_parts(file: dict[str, Any], where: str) -> list[str | Document]:
+    """What an attached file says. Raises `InvalidField` for one that is only named, or that holds neither text nor a PDF."""
     if file.get("file_data") is None:
         raise InvalidField(f"Invalid '{where}': files are taken by 'file_data' only; nothing is stored here.", param=f"{where}.file_data")
     data = file["file_data"]
@@ -83,21 +85,31 @@ def file_text(file: dict[str, Any], where: str) -> str:
     media_type, is_base64, content = match.groups() if match else ("", ";base64", data)
     try:
         decoded = base64.b64decode(content, validate=True) if is_base64 else content.encode()
-        text = decoded.decode("utf-8")
+        said = written(decoded, f"{where}.file_data")
     except (binascii.Error, ValueError):
         kind = f" of type {media_type}" if media_type else ""
         raise InvalidField(
-            f"Invalid '{where}.file_data': only text can be read, and this file{kind} is none.",
+            f"Invalid '{where}.file_data': only text and PDFs can be read, and this file{kind} is neither.",
             param=f"{where}.file_data",
             code="unsupported_value",
         ) from None
     name = file.get("filename")
-    return f"{name}:\n{text}" if isinstance(name, str) and name else text
+    return [f"{name}:\n", said] if isinstance(name, str) and name else [said]
+
+
+def written(data: bytes, where: str) -> str | Document:
+    """A file that is text, or a PDF to be read later. Raises `ValueError` for another."""
+    return Document(data, where) if _PDF.match(data) else data.decode("utf-8")
 
 
 def data_url(image: Image) -> str:
     """A picture as clients send one; its type is that of its bytes."""
     return f"data:{image_type(image)};base64,{base64.b64encode(image.data).decode()}"
+
+
+def pdf_file(document: Document) -> dict[str, str]:
+    """A PDF as OpenAI's APIs take it; they want a name, which is not kept here apart from the text before it."""
+    return {"filename": "document.pdf", "file_data": f"data:application/pdf;base64,{base64.b64encode(document.data).decode()}"}
 
 
 def image_type(image: Image) -> str:

@@ -2,9 +2,10 @@
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
@@ -232,6 +233,57 @@ def test_every_spelling_of_a_call_that_is_enforced_is_one_that_is_read(spelling:
         jsonschema.validate(arguments, dict(tool.parameters))
     assert not text(events).strip()
     assert seed % 2 == 0 or len(calls(events)) == 1
+
+
+INPUT: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+PATCH = """start: "*** Begin" LF line+ "*** End"
+line: /[+-]/ /[a-z <>]{0,6}/ LF
+%import common.LF"""
+
+
+@pytest.mark.parametrize("spelling", ["qwen3", "glm4", "llama", "mistral", *(set(SPELLINGS) - {"gpt-oss"})])
+@pytest.mark.parametrize("mode", ["required", "auto"])
+def test_the_one_text_of_a_tool_matches_its_regular_expression(spelling: str, mode: Literal["required", "auto"]) -> None:
+    family = spelling if spelling in FAMILIES else "qwen3"
+    spoken = dialect(family) if spelling in FAMILIES else replace(dialect(family), family=SPELLINGS[spelling])
+    pattern = r'(SELECT|select) [a-z/"]{1,5}(\n;)?'
+    tool = ToolSpec("query", None, INPUT, form=Regex(pattern))
+    for seed in range(3):
+        conversation = Conversation(HI, tools=(tool,), tool_choice=ToolChoice(mode), reasoning=NO_REASONING)
+        ready = spoken.prepare(GenerationRequest("m", (conversation,), parallel_tool_calls=False))
+        if mode == "auto":
+            assert constraint_of(ready) is not None
+            continue
+        written, events = reply(family, ready, seed, spoken=spoken)
+        ((_, arguments),) = calls(events)
+        assert re.fullmatch(pattern, arguments["input"]), written
+
+
+@pytest.mark.parametrize("spelling", ["glm4", "qwen3-coder", "minimax", "deepseek v3.2", "longcat"])
+def test_the_one_text_of_a_tool_matches_its_grammar_where_calls_hold_plain_text(spelling: str) -> None:
+    family = spelling if spelling in FAMILIES else "qwen3"
+    spoken = dialect(family) if spelling in FAMILIES else replace(dialect(family), family=SPELLINGS[spelling])
+    conversation = Conversation(
+        HI, tools=(ToolSpec("patch", None, INPUT, form=Grammar(PATCH)), NOW), tool_choice=ToolChoice("required", ("patch",))
+    )
+    for seed in range(3):
+        ready = spoken.prepare(GenerationRequest("m", (conversation,), parallel_tool_calls=False))
+        written, events = reply(family, ready, seed, spoken=spoken)
+        ((_, arguments),) = calls(events)
+        assert re.fullmatch(r"\*\*\* Begin\n([+-][a-z <>]{0,6}\n)+\*\*\* End", arguments["input"]), written
+
+
+def test_a_grammar_that_no_call_can_be_held_to_leaves_the_call_free_and_one_that_is_none_is_refused() -> None:
+    free = ToolSpec("patch", None, INPUT, form=Grammar("start: ((("))
+    assert prepared("qwen3", tools=(free,)).specs[0].constraint is None
+    with pytest.raises(InvalidField) as refused:
+        prepared("qwen3", tools=(NOW, ToolSpec("query", None, INPUT, form=Regex("((("))))
+    assert refused.value.param == "tools: query"
 
 
 @pytest.mark.parametrize("budget", [None, 3])

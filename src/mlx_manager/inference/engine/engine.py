@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_manager.core.errors import EngineFault, PromptTooLarge, TimedOut
+from mlx_manager.core.errors import EngineFault, InvalidField, PromptTooLarge, TimedOut
 from mlx_manager.core.events import Timing
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, Content, Digest
 from mlx_manager.inference.engine.device import Device
@@ -24,7 +24,7 @@ from mlx_manager.inference.engine.sequence import URGENCY, Ended, EndReason, Seq
 
 log = logging.getLogger(__name__)
 
-Item = Token | Ended | EngineFault | TimedOut
+Item = Token | Ended | EngineFault | TimedOut | InvalidField
 
 
 class PendingStep(Protocol):
@@ -76,7 +76,8 @@ class Counters:
 
 class TokenStream(AsyncIterator[Token | Ended]):
     """The tokens of one submission, on the event loop that asked for them. Ends after the `Ended` of every sequence;
-    raises `EngineFault` if the engine failed, `TimedOut` past a deadline. Closing it early cancels what still runs."""
+    raises `EngineFault` if the engine failed, `TimedOut` past a deadline, `InvalidField` for a form that proves too complex. Closing it
+    early cancels what still runs."""
 
     def __init__(self, engine: "Engine", sequences: tuple[Sequence, ...]) -> None:
         self._engine = engine
@@ -93,6 +94,9 @@ class TokenStream(AsyncIterator[Token | Ended]):
             self._arrived.clear()
             await self._arrived.wait()
         item = self._items.popleft()
+        if isinstance(item, InvalidField):
+            self._running.clear()
+            raise item
         if isinstance(item, EngineFault | TimedOut):
             self._running.clear()
             raise type(item)(item.message) from item.__cause__  # one of its own: others may be told of the same fault
@@ -435,7 +439,8 @@ class Engine:
             self._deliveries.append((stream, token))
             constraint = sequence.spec.constraint
             if constraint is not None and not constraint.accept(token.token):
-                self._deliveries.append((stream, EngineFault("The form that the reply must have could not be kept to.")))
+                why = f"Invalid '{constraint.field}': it proves too complex to be kept to beyond what has been said."
+                self._deliveries.append((stream, InvalidField(why, param=constraint.field)))
                 self._drop_stream(stream)
                 return
             if constraint is not None and constraint.is_complete:

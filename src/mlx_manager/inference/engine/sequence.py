@@ -44,14 +44,17 @@ class TokenSampling:
 
 
 class Constraint(Protocol):
-    """Which tokens may come next in one sequence; told of every token but the last. On the device thread."""
+    """Which tokens may come next in one sequence; told of every token but the last. On the device thread.
+    `field` of the request asked for it."""
 
+    @property
+    def field(self) -> str: ...
     def mask(self) -> bytes | None:
         """A bit for each token, least significant first: set where it may come. None: any may."""
         ...
 
     def accept(self, token: int) -> bool:
-        """Goes on behind a token that came. False if that cannot be: the reply is lost."""
+        """Goes on behind a token that came. False if that cannot be, or costs too much: the reply ends."""
         ...
 
     @property

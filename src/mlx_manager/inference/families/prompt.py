@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Image, Media, Message, RemoteImage, Video
+from mlx_manager.core.messages import Document, Image, Media, Message, RemoteImage, Video
 from mlx_manager.core.requests import Conversation, Prompt, RawPrompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
 from mlx_manager.inference.families.time_limit import TookTooLong, within
@@ -29,7 +29,7 @@ _EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", 
 _IS_NONE = re.compile(r"(message(?:\.content|\[['\"]content['\"]\])) is (not )?none")
 TEMPLATE_S = 5.0  # on a busy machine; they take milliseconds
 MAX_PROMPT_CHARS = 64 << 20  # twice what a request's body may have
-_NOT_HERE = "pictures were fetched before"
+_NOT_HERE = "what is only named was fetched before, and documents were read"
 _NO_VIDEOS: Mapping[Video, Sequence[Frame]] = MappingProxyType({})
 _BREAK = "\ufdd0"  # a noncharacter: no text may contain it, and what does has it removed
 
@@ -242,7 +242,7 @@ class PromptRenderer:
                     frames = videos[part]
                     parts.append({"type": "text", "text": f"Video, {len(frames)} frames:" if len(frames) > 1 else "Video, 1 frame:"})
                     parts += [{"type": "image"}] * len(frames)
-                case RemoteImage():
+                case RemoteImage() | Document():
                     raise AssertionError(_NOT_HERE)
         return parts
 

@@ -1,10 +1,11 @@
 """Tool calls as grammars, in each format's own spelling: the other direction of `families.tool_formats`."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from mlx_manager.core.requests import ToolSpec
+from mlx_manager.core.requests import Grammar, Regex, ToolSpec
 from mlx_manager.inference.families.family import Family
 from mlx_manager.inference.families.tool_formats import json_tags, llama_json, marked_pythonic, mistral, pythonic
 from mlx_manager.inference.families.tool_formats.braced import FUNCTION_GEMMA, GEMMA4, BracedCalls
@@ -121,7 +122,7 @@ def _channels(tools: Sequence[ToolSpec], mark: MarkOf) -> CallGrammar:
 
 
 def _arguments(tool: ToolSpec) -> str:
-    schema = dict(tool.parameters) or {"type": "object", "properties": {}, "additionalProperties": False}
+    schema = dict(_parameters(tool)) or {"type": "object", "properties": {}, "additionalProperties": False}
     return json_rule({"type": "object", **schema}, strict=tool.strict)
 
 
@@ -151,6 +152,9 @@ class _Tagged:
             pairs: list[str] = []
             for j, (name, schema, is_required) in enumerate(_properties(tool)):
                 bare = _bare(schema, any_character)
+                if tool.form is not None:
+                    bare, more = _plain_text(tool.form, f"TEXT{i}_{j}", any_character)
+                    rules += more
                 rules.append(f"value{i}_{j}: {bare or json_rule(schema, strict=tool.strict)}")
                 key = self.key.format(key=name, is_text="false" if bare is None else "true")
                 pair = f"{self._spelt(key, mark)} value{i}_{j} {self._spelt(self.value_end, mark)}"
@@ -246,7 +250,7 @@ def _braced_calls(tools: Sequence[ToolSpec], quote: str) -> tuple[str, ...]:
     any_character = "(.|\\n)" if quote.startswith("<[") else "[^<]"
     rules = [f"call: {_alternatives(len(tools))}"]
     for i, tool in enumerate(tools):
-        arguments = _braced({"type": "object", **tool.parameters}, quote, any_character, tool.strict)
+        arguments = _braced({"type": "object", **_parameters(tool)}, quote, any_character, tool.strict)
         rules.append(f"call{i}: {literal('call:' + tool.name)} {arguments}")
     return tuple(rules)
 
@@ -283,7 +287,42 @@ def _alternatives(count: int) -> str:
 
 
 def _properties(tool: ToolSpec) -> list[tuple[str, Mapping[str, Any], bool]]:
-    return _members(tool.parameters)
+    return _members(_parameters(tool))
+
+
+def _parameters(tool: ToolSpec) -> Mapping[str, Any]:
+    """The schema of the arguments, with what a regular expression asks of the text that they are. What a grammar asks of it cannot be
+    said of a text in quotation marks, with its escapes."""
+    match tool.form:
+        case Regex(pattern):
+            ((name, schema, _),) = _members(tool.parameters)
+            return {**tool.parameters, "properties": {name: {**schema, "pattern": f"^(?:{pattern})$"}}}
+        case Grammar() | None:
+            return tool.parameters
+
+
+def has_enforceable_form(tool: ToolSpec, family: Family) -> bool:
+    match tool.form:
+        case Grammar():
+            return any(spelling.its is family.tool_format for spelling in _TAGGED)
+        case Regex():
+            return True
+        case None:
+            return False
+
+
+def _plain_text(form: Regex | Grammar, terminal: str, any_character: str) -> tuple[str, tuple[str, ...]]:
+    """A text without quotation marks, and the rules that it needs. What ends it is not in it."""
+    match form:
+        case Regex(pattern):
+            return terminal, (f"{terminal}: /(?:{_in_slashes(pattern)})/ & /{any_character}*/",)
+        case Grammar(lark):
+            return f"%lark {{\n{lark}\n}}", ()
+
+
+def _in_slashes(pattern: str) -> str:
+    escaped = re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
+    return escaped.replace("\n", r"\n")
 
 
 def _members(schema: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], bool]]:

@@ -1,26 +1,25 @@
-"""Grammar → matcher, for one tokenizer. Compiling, and the first mask with it, takes milliseconds to seconds: never on the device thread
-or the event loop."""
+"""Grammar → matcher, for one tokenizer. Compiling takes milliseconds to seconds: never on the device thread or the event loop. What would
+take longer is found out in `trials`."""
 
 import json
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, cast
 
-import numpy as np
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
 
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.requests import AnyJson, Grammar, JsonSchema, OneOf, OutputFormat, Regex
+from mlx_manager.inference.structured.trials import LIMIT_S, Trials
 
 # As Python writes JSON, and most templates with it: what the model has learnt, and nothing that could go on for ever.
 JSON_STYLE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MAX_GRAMMAR_BYTES = 1 << 20
 _CACHE_BYTES = 8 << 20
 _MAX_MESSAGE_CHARS = 400
-_NUM_TRIED = 8
 # Of the compiler's own words, those that say nothing to who wrote the schema.
 _SAYS_NOTHING = {"NoExtensionBias": "nothing matches it", "NoExtension": "nothing matches it"}
 
@@ -33,13 +32,13 @@ class Compiler:
         self._vocab_size = vocab_size
         self._stop_tokens = list(stop_tokens)
         self._lock = threading.Lock()
-        self._ready: LLTokenizer | None = None
+        self._ready: tuple[LLTokenizer, Trials] | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._compiled_bytes = 0
 
-    def compile(self, grammar: str, field: str) -> LLMatcher:
+    def compile(self, grammar: str, field: str, *, limit_s: float = LIMIT_S) -> LLMatcher:
         """A matcher of its own at the grammar's beginning. Raises `InvalidField`, naming `field`, for a grammar that says nothing that
-        could be matched, or too much."""
+        could be matched, or too much, or that takes longer than `limit_s`; and `Overloaded`."""
         if len(grammar) > _MAX_GRAMMAR_BYTES:
             raise InvalidField(f"Invalid '{field}': it is too large to be enforced.", param=field)
         with self._lock:
@@ -47,10 +46,12 @@ class Compiler:
             if known is not None:
                 self._compiled.move_to_end(grammar)
                 return known.deep_copy()
-        matcher = LLMatcher(self._tokens(), grammar, log_level=0)
-        error = matcher.get_error() or self._try(matcher.deep_copy())
+        tokens, trials = self._vocabulary()
+        error = trials.error(grammar, limit_s)
         if error:
             raise InvalidField(f"Invalid '{field}': {_reason(error)}.", param=field)
+        matcher = LLMatcher(tokens, grammar, log_level=0)
+        matcher.compute_bitmask()  # what the first one takes longer than others is not for the device thread
         with self._lock:
             if grammar not in self._compiled:
                 self._compiled[grammar] = matcher
@@ -60,27 +61,27 @@ class Compiler:
                 self._compiled_bytes -= len(forgotten)
         return matcher.deep_copy()
 
-    def _try(self, matcher: LLMatcher) -> str:
-        """What goes wrong in the first few tokens, if anything does: some grammars prove too large only there."""
-        for _ in range(_NUM_TRIED):
-            mask = matcher.compute_bitmask()
-            allowed = [t for t in _set_bits(mask) if t not in self._stop_tokens]
-            if matcher.is_error() or not allowed or matcher.is_stopped():
-                break
-            matcher.consume_token(allowed[len(allowed) // 2])
-        return matcher.get_error()
-
     def mark(self, text: str) -> str:
         """A text of the model's own, such as `<tool_call>`, as a grammar spells it: by its token where it is a special one, which no
         text matches."""
         token: int | None = self._tokenizer.get_vocab().get(text)
-        return f"<[{token}]>" if token is not None and self._tokens().is_special_token(token) else literal(text)
+        return f"<[{token}]>" if token is not None and self._vocabulary()[0].is_special_token(token) else literal(text)
 
-    def _tokens(self) -> LLTokenizer:
+    def _vocabulary(self) -> tuple[LLTokenizer, Trials]:
         with self._lock:
             if self._ready is None:
-                self._ready = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_tokens)
+                spelt = _spelt(self._tokenizer)
+                trials = Trials(spelt, vocab_size=self._vocab_size, stop_tokens=self._stop_tokens)  # reads it while we do
+                self._ready = LLTokenizer(spelt, n_vocab=self._vocab_size, eos_token=self._stop_tokens), trials
             return self._ready
+
+
+def _spelt(tokenizer: Any) -> str:
+    """A tokenizer as its library writes it, with all that was added to it."""
+    backend = copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    return backend.to_str()
 
 
 def grammar_of(output: OutputFormat) -> str:
@@ -125,10 +126,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
     return value
-
-
-def _set_bits(mask: bytes) -> list[int]:
-    return np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")).tolist()
 
 
 def _can_merge_one_of(schema: object) -> bool:

@@ -3,6 +3,7 @@
 The reply is always in one stage. What is free has no mask and costs nothing; where a grammar rules, its matcher makes one.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -12,6 +13,8 @@ from llguidance import LLMatcher
 Decode = Callable[[Sequence[int]], str]
 # Tokens that a mark of several may be spread over, with something before and after.
 _TAIL = 24
+# Of the processor, for a token. Everybody waits for it: what takes more than its share is a debt, and at a limit the reply ends.
+_SHARE_S, _MAX_DEBT_S = 0.025, 1.0
 # White space between reasoning and answer that a grammar does not know of.
 _MAX_LEADING = 2
 
@@ -70,12 +73,13 @@ class _In(Enum):
 
 
 class Guide:
-    """A `Constraint` (engine/sequence.py). `answer` None: the answer is free. Tokens of `leading` (white space) may stand between
-    reasoning and an answer that a grammar rules; `banned` ones have no place in a free answer."""
+    """A `Constraint` (engine/sequence.py), for what `field` asked for. `answer` None: the answer is free. Tokens of `leading` (white space)
+    may stand between reasoning and an answer that a grammar rules; `banned` ones have no place in a free answer."""
 
     def __init__(
         self,
         *,
+        field: str,
         decode: Decode,
         vocab_size: int,
         stop_tokens: frozenset[int],
@@ -86,6 +90,7 @@ class Guide:
         leading: frozenset[int] = frozenset(),
         banned: frozenset[int] = frozenset(),
     ) -> None:
+        self.field = field
         self._decode = decode
         self._vocab_size = vocab_size
         self._stop_tokens = stop_tokens
@@ -104,6 +109,7 @@ class Guide:
         self._num_leading = _MAX_LEADING  # nothing may stand before an answer without reasoning
         self._has_begun = False  # the answer
         self._call: LLMatcher | None = None
+        self._debt_s = 0.0
         self._close_if_spent()
         if self._at is _In.BEGINNING and answer is not None:
             if thought is not None and thought.must_open:
@@ -114,6 +120,7 @@ class Guide:
     def copy(self) -> "Guide":
         """For another reply to the same prompt; neither has begun."""
         return Guide(
+            field=self.field,
             decode=self._decode,
             vocab_size=self._vocab_size,
             stop_tokens=self._stop_tokens,
@@ -133,13 +140,29 @@ class Guide:
                 return _with(bytes(_num_bytes(self._vocab_size)), self._forced[:1])
             case _In.CALL:
                 assert self._call is not None
-                return self._call.compute_bitmask()
+                return self._allowed(self._call)
             case _In.BEGINNING | _In.ANSWER:
                 if self._answer is None:
                     return self._all_but(self._banned) if self._banned else None
-                return _with(self._answer.compute_bitmask(), self._ways_out())
+                return _with(self._allowed(self._answer), self._ways_out())
+
+    def _allowed(self, matcher: LLMatcher) -> bytes:
+        began = time.thread_time()
+        mask = matcher.compute_bitmask()
+        self._debt_s = max(0.0, self._debt_s - _SHARE_S) + time.thread_time() - began
+        return mask
+
+    def _consume(self, matcher: LLMatcher, token: int) -> bool:
+        began = time.thread_time()
+        is_consumed = matcher.consume_token(token)
+        self._debt_s += time.thread_time() - began
+        return is_consumed
 
     def accept(self, token: int) -> bool:
+        """False if the form does not go on with it, or has come to cost too much."""
+        return self._debt_s < _MAX_DEBT_S and self._go_on_from_here(token)
+
+    def _go_on_from_here(self, token: int) -> bool:
         self._tail = [*self._tail, token][-_TAIL:]
         match self._at:
             case _In.REASONING:
@@ -207,12 +230,12 @@ class Guide:
         if self._at is _In.BEGINNING:
             self._enter(_In.ANSWER)
         self._has_begun = True
-        return self._answer is None or self._answer.consume_token(token)
+        return self._answer is None or self._consume(self._answer, token)
 
     def _go_on_with_call(self, token: int) -> bool:
         assert self._call is not None
         assert self._calls is not None
-        if not self._call.consume_token(token):
+        if not self._consume(self._call, token):
             return False
         if self._call.is_stopped() and self._answer is None and not self._calls.once:
             self._enter(_In.ANSWER)

@@ -1,19 +1,24 @@
 """What a request asks of the form of its replies → a guide for each reply. Runs where a prompt is rendered, on a worker's thread."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llguidance import LLMatcher
 
+from mlx_manager.confined.messages import WALL_FACTOR
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.requests import Conversation, Effort, GenerationRequest, Prompt, Reasoning, ToolSpec
+from mlx_manager.core.requests import Conversation, Effort, GenerationRequest, JsonSchema, Prompt, Reasoning, ToolSpec
 from mlx_manager.inference.families.family import Family, Tag
-from mlx_manager.inference.structured.calls import CallGrammar, call_grammar
-from mlx_manager.inference.structured.compiler import Compiler, grammar_of, json_grammar
+from mlx_manager.inference.structured.calls import CallGrammar, call_grammar, has_enforceable_form
+from mlx_manager.inference.structured.compiler import Compiler, grammar_of
 from mlx_manager.inference.structured.guide import Calls, Guide, Lead, Mark, Thought
+from mlx_manager.inference.structured.trials import LIMIT_S
 
 # Tokens of reasoning that an effort allows where the template has no levels of its own; None: as many as it likes.
 _BUDGETS: Mapping[Effort, int | None] = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 24576, "xhigh": None, "max": None}
+# For all tools together, and the least that says something of one.
+_MAX_TOOLS_S, _MIN_TOOL_S = LIMIT_S * WALL_FACTOR + 0.4, 0.1
 _NEWLINES = ("\n", "\n\n")
 # What a message on a channel begins with, after its author.
 _ANSWER_LEAD, _CALL_LEAD = "<|channel|>final<|message|>", ""
@@ -49,11 +54,14 @@ class Guides:
                 lead = self._lead(_CALL_LEAD)
             elif choice.mode == "none" and prompt.tools:
                 banned = self._openings()
-            elif tools and (choice.names is not None or any(tool.strict for tool in tools) or answer is not None):
-                answer, calls = self._free_calls(answer, tools, once=once, must=choice.names is not None or any(t.strict for t in tools))
+            elif tools:
+                must = choice.names is not None or any(tool.strict for tool in tools)
+                if must or answer is not None or any(has_enforceable_form(tool, self._family) for tool in tools):
+                    answer, calls = self._free_calls(answer, tools, once=once, must=must)
         if answer is None and calls is None and not banned and (thought is None or thought.budget is None):
             return None
         return Guide(
+            field="tools" if request.output is None else request.output_field,
             decode=self._decode,
             vocab_size=self._vocab_size,
             stop_tokens=self._stop_tokens,
@@ -83,13 +91,18 @@ class Guides:
         return answer, None
 
     def _compile_calls(self, lark: str, tools: Sequence[ToolSpec]) -> LLMatcher:
-        """Says which tool it is whose schema cannot be enforced."""
+        """Says which tool it is whose schema cannot be enforced, if that is found out soon."""
+        began = time.monotonic()
         try:
             return self._compiler.compile(LLMatcher.grammar_from_lark(lark), "tools")
         except InvalidField:
             for tool in tools:
+                left = _MAX_TOOLS_S - (time.monotonic() - began)
+                if left < _MIN_TOOL_S:
+                    break
                 field = f"tools: {tool.name}"
-                self._compiler.compile(_written(lambda tool=tool: json_grammar(tool.parameters, strict=tool.strict), field), field)
+                form = JsonSchema(tool.parameters, tool.strict) if tool.form is None else tool.form
+                self._compiler.compile(_written(lambda form=form: grammar_of(form), field), field, limit_s=left)
             raise
 
     def _thought(self, wanted: Reasoning, tokens: Sequence[int], opened: Tag | None) -> Thought | None:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Content, Image, Message, RemoteImage, Video
+from mlx_manager.core.messages import Content, Document, Image, Message, Part, RemoteImage, Video
 from mlx_manager.core.requests import Conversation, GenerationRequest, JsonSchema, OutputFormat, Reasoning, ToolChoice, ToolSpec
 from mlx_manager.protocols.media import image_type
 from mlx_manager.protocols.sampling import sampling_fields
@@ -59,7 +59,7 @@ def _content(content: Content) -> str | list[Json]:
     return content if isinstance(content, str) else [_block(part) for part in content]
 
 
-def _block(part: str | Image | Video | RemoteImage) -> Json:
+def _block(part: Part) -> Json:
     match part:
         case str():
             return {"type": "text", "text": part}
@@ -69,6 +69,9 @@ def _block(part: str | Image | Video | RemoteImage) -> Json:
             return {"type": "image", "source": {"type": "url", "url": url}}
         case Video():
             raise InvalidField("Anthropic's messages have no videos.", param=part.where, code="unsupported_value")
+        case Document(data):
+            source = {"type": "base64", "media_type": "application/pdf", "data": base64.b64encode(data).decode()}
+            return {"type": "document", "source": source}
 
 
 def _tool(tool: ToolSpec) -> Json:

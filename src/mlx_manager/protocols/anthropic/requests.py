@@ -24,7 +24,7 @@ from mlx_manager.protocols.anthropic import schema
 from mlx_manager.protocols.checked import checked
 from mlx_manager.protocols.fields import quoted
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import check_pictures, image_from_base64, image_from_url
+from mlx_manager.protocols.media import check_pictures, image_from_base64, image_from_url, written
 from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Wanted
@@ -354,13 +354,14 @@ def _image(source: schema.ImageSource, where: str) -> core.Media:
     return image_from_base64(_required(source.data, f"{where}.data"), _required(source.media_type, f"{where}.media_type"), where)
 
 
-def _decoded(source: schema.DocumentSource, where: str) -> str:
+def _decoded(source: schema.DocumentSource, where: str) -> str | core.Document:
     kind = f" of type {quoted(source.media_type)}" if source.media_type else ""
     try:
-        return base64.b64decode(re.sub(r"\s", "", _required(source.data, f"{where}.data")), validate=True).decode("utf-8")
+        data = base64.b64decode(re.sub(r"\s", "", _required(source.data, f"{where}.data")), validate=True)
+        return written(data, f"{where}.data")
     except (binascii.Error, ValueError):
         raise InvalidField(
-            f"Invalid '{where}.data': only documents that are text can be read yet, and this one{kind} is none.",
+            f"Invalid '{where}.data': only text and PDFs can be read, and this document{kind} is neither.",
             param=f"{where}.data",
             code="unsupported_value",
         ) from None

@@ -217,7 +217,7 @@ _PROMPT: Mapping[str, Rule] = {
     "model": honoured("required; must be one of `GET /v1/models`; never downloads"),
     "messages": honoured(
         "1 to 4,096; `system` stays in place; an assistant's last is continued; thinking is taken back; blocks of no meaning here are "
-        "named; pictures in base64, or by `url` where the server is told to fetch"
+        "named; documents that are text or PDFs with text in them; pictures in base64, or by `url` where the server is told to fetch"
     ),
     "system": honoured("text or text blocks; a billing header, which changes with every request, is left out"),
     "tools": honoured("up to 256; with `strict: true` arguments follow the schema to the letter; tools of Anthropic's own are named"),

@@ -2,7 +2,7 @@
 
 import base64
 
-from mlx_manager.core.messages import Content, Image, Message, RemoteImage, ToolCall, Video
+from mlx_manager.core.messages import Content, Document, Image, Message, Part, RemoteImage, ToolCall, Video
 from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
@@ -16,7 +16,7 @@ from mlx_manager.core.requests import (
     ToolChoice,
     ToolSpec,
 )
-from mlx_manager.protocols.media import data_url
+from mlx_manager.protocols.media import data_url, pdf_file
 from mlx_manager.protocols.sampling import sampling_fields
 from mlx_manager.protocols.wire import Json, without_absent
 
@@ -57,7 +57,7 @@ def _content(content: Content) -> str | list[Json]:
     return content if isinstance(content, str) else [_part(part) for part in content]
 
 
-def _part(part: str | Image | Video | RemoteImage) -> Json:
+def _part(part: Part) -> Json:
     match part:
         case str():
             return {"type": "text", "text": part}
@@ -68,6 +68,8 @@ def _part(part: str | Image | Video | RemoteImage) -> Json:
         case Video(data, num_frames):
             url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
             return {"type": "video_url", "video_url": {"url": url, "num_frames": num_frames}}
+        case Document():
+            return {"type": "file", "file": pdf_file(part)}
 
 
 def _call(call: ToolCall) -> Json:

@@ -26,9 +26,10 @@ from mlx_manager.core.requests import (
 )
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.checked import checked
+from mlx_manager.protocols.custom_tools import custom_tool, form_of, write_input
 from mlx_manager.protocols.fields import Rule, invalid_field, quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import check_pictures, file_text, image_from_url, video_from_url
+from mlx_manager.protocols.media import check_pictures, file_parts, image_from_url, video_from_url
 from mlx_manager.protocols.openai import schema
 from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.wire import Wanted
@@ -38,10 +39,12 @@ S = TypeVar("S", bound=schema.Generation)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAIWanted(Wanted):
-    """`echo` is the text of each prompt, if it is to stand before the reply (completions)."""
+    """`echo` is the text of each prompt, if it is to stand before the reply (completions). `custom_tools` are the names of those that
+    take a text (chat)."""
 
     include_usage: bool
     echo: tuple[str, ...] = ()
+    custom_tools: frozenset[str] = frozenset()
 
 
 def read_chat(body: bytes) -> OpenAIWanted:
@@ -69,10 +72,16 @@ def read_chat(body: bytes) -> OpenAIWanted:
         output=output,
         output_field=output_field,
     )
+    custom = [(i, tool.custom) for i, tool in enumerate(wire.tools or ()) if tool.type == "custom" and tool.custom is not None]
+    if custom and wire.stream:
+        raise _unsupported(f"tools[{custom[0][0]}].type", "a stream tells of functions only: leave 'stream' out for custom tools")
+    if any(tool.format is not None and tool.format.grammar is not None and tool.format.grammar.syntax == "lark" for _, tool in custom):
+        ignored = (*ignored, "tools.custom.format")  # enforced by some models only
     return OpenAIWanted(
         request=request,
         stream=wire.stream is True,
         ignored=ignored,
+        custom_tools=frozenset(tool.name for _, tool in custom),
         reasoning_fields=_reasoning_fields(wire),
         include_usage=_include_usage(wire),
     )
@@ -80,11 +89,13 @@ def read_chat(body: bytes) -> OpenAIWanted:
 
 def conversation_of(wire: schema.ChatRequest) -> Conversation:
     """Raises `InvalidField`."""
-    tools = tuple(_tool(tool, i) for i, tool in enumerate(wire.tools or ()))
+    asked = wire.tools or []
+    tools = tuple(_tool(tool, i) for i, tool in enumerate(asked))
     names = [tool.name for tool in tools]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise InvalidField(f"Two tools are named '{name}': every tool needs a name of its own.", param=f"tools[{i}].function.name")
+            where = f"tools[{i}].{asked[i].type}.name"
+            raise InvalidField(f"Two tools are named '{name}': every tool needs a name of its own.", param=where)
     messages = tuple(_message(m, i) for i, m in enumerate(wire.messages))
     check_pictures(messages)
     return Conversation(
@@ -156,16 +167,23 @@ def _message(wire: schema.Message, index: int) -> core.Message:
         case "user":
             return core.Message("user", content, name=wire.name)
         case "assistant":
-            calls = tuple(
-                core.ToolCall(c.id, c.function.name, "" if c.function.arguments is None else c.function.arguments)
-                for c in wire.tool_calls or ()
-            )
+            calls = tuple(_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(wire.tool_calls or ()))
             reasoning = wire.reasoning_content if wire.reasoning_content is not None else wire.reasoning
             return core.Message("assistant", content, reasoning=reasoning, tool_calls=calls, name=wire.name)
         case "tool" | "function":
             if wire.role == "tool" and wire.tool_call_id is None:
                 raise InvalidField("A tool message needs 'tool_call_id'.", param=f"{where}.tool_call_id", code="missing_required_parameter")
             return core.Message("tool", content, tool_call_id=wire.tool_call_id, name=wire.name)
+
+
+def _call(wire: schema.ToolCall, where: str) -> core.ToolCall:
+    if wire.type == "custom":
+        if wire.custom is None:
+            raise _missing(f"{where}.custom")
+        return core.ToolCall(wire.id, wire.custom.name, write_input(wire.custom.input))
+    if wire.function is None:
+        raise _missing(f"{where}.function")
+    return core.ToolCall(wire.id, wire.function.name, "" if wire.function.arguments is None else wire.function.arguments)
 
 
 def _content(wire: schema.Message, where: str) -> core.Content:
@@ -175,31 +193,31 @@ def _content(wire: schema.Message, where: str) -> core.Content:
         raise InvalidField(f"A {wire.role} message needs 'content'.", param=f"{where}.content", code="missing_required_parameter")
     if isinstance(wire.content, str):
         return wire.content
-    return core.content_of([_part(part, wire.role, f"{where}.content[{i}]") for i, part in enumerate(wire.content)])
+    return core.content_of([said for i, part in enumerate(wire.content) for said in _parts(part, wire.role, f"{where}.content[{i}]")])
 
 
-def _part(wire: schema.Part, role: str, where: str) -> core.Part:
+def _parts(wire: schema.Part, role: str, where: str) -> Sequence[core.Part]:
     match wire.type:
         case "text":
             if wire.text is None:
                 raise _missing(f"{where}.text")
-            return wire.text
+            return (wire.text,)
         case "refusal":
             if wire.refusal is None:
                 raise _missing(f"{where}.refusal")
-            return wire.refusal
+            return (wire.refusal,)
         case "image_url":
             if wire.image_url is None:
                 raise _missing(f"{where}.image_url")
             _check_shows(role, where)
-            return image_from_url(wire.image_url.url, f"{where}.image_url")
+            return (image_from_url(wire.image_url.url, f"{where}.image_url"),)
         case "video_url":
             if wire.video_url is None:
                 raise _missing(f"{where}.video_url")
             _check_shows(role, where)
-            return video_from_url(wire.video_url.url, wire.video_url.num_frames, f"{where}.video_url")
+            return (video_from_url(wire.video_url.url, wire.video_url.num_frames, f"{where}.video_url"),)
         case "file":
-            return file_text(wire.file or {}, f"{where}.file")
+            return file_parts(wire.file or {}, f"{where}.file")
         case "input_audio":
             message = f"No model here hears: it cannot take a part of type '{wire.type}' in '{where}.type'."
             raise InvalidField(message, param=f"{where}.type", code="unsupported_value")
@@ -211,6 +229,12 @@ def _check_shows(role: str, where: str) -> None:
 
 
 def _tool(wire: schema.Tool, index: int) -> ToolSpec:
+    if wire.type == "custom":
+        if wire.custom is None:
+            raise _missing(f"tools[{index}].custom")
+        return _custom_tool(wire.custom, f"tools[{index}].custom")
+    if wire.function is None:
+        raise _missing(f"tools[{index}].function")
     check_schema(wire.function.parameters or {}, f"tools[{index}].function.parameters", strict=wire.function.strict is True)
     return ToolSpec(
         wire.function.name,
@@ -218,6 +242,15 @@ def _tool(wire: schema.Tool, index: int) -> ToolSpec:
         MappingProxyType(wire.function.parameters or {}),
         strict=wire.function.strict is True,
     )
+
+
+def _custom_tool(wire: schema.Custom, where: str) -> ToolSpec:
+    form = None
+    if wire.format is not None and wire.format.type == "grammar":
+        if wire.format.grammar is None:
+            raise _missing(f"{where}.format.grammar")
+        form = form_of(wire.format.grammar.syntax, wire.format.grammar.definition, f"{where}.format.grammar")
+    return custom_tool(wire.name, [wire.description], form)
 
 
 def _tool_choice(choice: str | dict[str, Any] | None, names: Sequence[str]) -> ToolChoice:
@@ -232,14 +265,16 @@ def _tool_choice(choice: str | dict[str, Any] | None, names: Sequence[str]) -> T
             chosen = ToolChoice("required")
         case {"type": "function", "function": {"name": str(name)}}:
             where, chosen = "tool_choice.function.name", ToolChoice("required", (name,))
+        case {"type": "custom", "custom": {"name": str(name)}}:
+            where, chosen = "tool_choice.custom.name", ToolChoice("required", (name,))
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list()}}:
             where = "tool_choice.allowed_tools.tools"
             entries = cast(list[object], choice["allowed_tools"]["tools"])
             chosen = ToolChoice(mode, tuple(_allowed(entry, where) for entry in entries))
         case _:
             raise InvalidField(
-                f"Invalid value for 'tool_choice': {quoted(choice)}. Supported values are: 'none', 'auto', 'required', a function by its "
-                "name, or 'allowed_tools'.",
+                f"Invalid value for 'tool_choice': {quoted(choice)}. Supported values are: 'none', 'auto', 'required', a function or "
+                "a custom tool by its name, or 'allowed_tools'.",
                 param="tool_choice",
             )
     if not names:
@@ -252,10 +287,10 @@ def _tool_choice(choice: str | dict[str, Any] | None, names: Sequence[str]) -> T
 
 def _allowed(entry: object, where: str) -> str:
     match entry:
-        case {"type": "function", "function": {"name": str(name)}}:
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "custom", "custom": {"name": str(name)}}:
             return name
         case _:
-            raise InvalidField(f"Invalid value for '{where}': each entry must be a function with its name.", param=where)
+            raise InvalidField(f"Invalid value for '{where}': each entry must be a function or a custom tool with its name.", param=where)
 
 
 def _output(wire: schema.ChatRequest | schema.CompletionRequest) -> tuple[OutputFormat | None, str]:

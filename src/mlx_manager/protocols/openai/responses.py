@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from mlx_manager.core.events import (
     Choice,
     ChoiceFinished,
+    CollectedCall,
     Event,
     Finished,
     FinishReason,
@@ -18,6 +19,7 @@ from mlx_manager.core.events import (
     ToolCallStart,
     Usage,
 )
+from mlx_manager.protocols.custom_tools import read_input
 from mlx_manager.protocols.wire import DONE, KEEP_ALIVE, Failure, Frame, Json
 
 _FINISH: dict[FinishReason, str] = {
@@ -31,7 +33,7 @@ _FINISH: dict[FinishReason, str] = {
 
 @dataclass(frozen=True, slots=True)
 class ChatWriter:
-    """`model` is the name that the client sent; `created` in Unix seconds."""
+    """`model` is the name that the client sent; `created` in Unix seconds. `custom_tools` take a text; no stream has calls of them."""
 
     id: str
     model: str
@@ -39,12 +41,13 @@ class ChatWriter:
     fingerprint: str
     num_choices: int
     include_usage: bool = False
+    custom_tools: frozenset[str] = frozenset()
 
     def whole(self, reply: Reply) -> Json:
         choices = [
             {
                 "index": i,
-                "message": _message(choice),
+                "message": _message(choice, self.custom_tools),
                 "logprobs": _logprobs(choice.logprobs) if choice.logprobs else None,
                 "finish_reason": _finish(choice),
             }
@@ -189,14 +192,18 @@ def usage(used: Usage) -> Json:
     }
 
 
-def _message(choice: Choice) -> Json:
+def _call(call: CollectedCall, *, is_custom: bool) -> Json:
+    if is_custom:
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": read_input(call.arguments)}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _message(choice: Choice, custom_tools: frozenset[str]) -> Json:
     message: Json = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
     if choice.reasoning is not None:
         message["reasoning_content"] = choice.reasoning
     if choice.tool_calls:
-        message["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in choice.tool_calls
-        ]
+        message["tool_calls"] = [_call(call, is_custom=call.name in custom_tools) for call in choice.tool_calls]
     elif choice.text is None:
         message["content"] = ""
     return message

@@ -13,7 +13,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-Pattern = Annotated[str, Field(min_length=1)]
+Pattern = Annotated[str, Field(min_length=1, max_length=4 << 10)]
+Lark = Annotated[str, Field(min_length=1, max_length=64 << 10)]
 Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)]
 
 
@@ -23,7 +24,7 @@ class StructuredOutputs(Schema):
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: Pattern | None = None
     choice: Choices | None = None
-    grammar: Pattern | None = None
+    grammar: Lark | None = None
 
 
 class StreamOptions(Schema):
@@ -43,7 +44,7 @@ class Generation(BiasedSamplingFields):
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Pattern | None = None
     guided_choice: Choices | None = None
-    guided_grammar: Pattern | None = None
+    guided_grammar: Lark | None = None
 
 
 class ImageUrl(Schema):
@@ -74,10 +75,18 @@ class FunctionCall(Schema):
     arguments: str | None = None
 
 
+class CustomCall(Schema):
+    name: str
+    input: str
+
+
 class ToolCall(Schema):
+    """What is called, by its type."""
+
     id: str
-    type: Literal["function"] | None = None
-    function: FunctionCall
+    type: Literal["function", "custom"] | None = None
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
 
 
 class Message(Schema):
@@ -107,9 +116,28 @@ class Function(Schema):
     strict: bool | None = None
 
 
+class CustomGrammar(Schema):
+    syntax: Literal["lark", "regex"]
+    definition: Lark
+
+
+class CustomFormat(Schema):
+    type: Literal["text", "grammar"]
+    grammar: CustomGrammar | None = None
+
+
+class Custom(Schema):
+    name: Name
+    description: str | None = None
+    format: CustomFormat | None = None
+
+
 class Tool(Schema):
-    type: Literal["function"]
-    function: Function
+    """What may be called, by its type."""
+
+    type: Literal["function", "custom"]
+    function: Function | None = None
+    custom: Custom | None = None
 
 
 class NamedSchema(Schema):
@@ -206,15 +234,18 @@ _SAMPLING: Mapping[str, Rule] = {
 CHAT_FIELDS: Mapping[str, Rule] = {
     **_SAMPLING,
     "messages": honoured(
-        "1 to 4,096; `developer` is read as `system`; `reasoning_content` and `reasoning` are accepted back; parts: text, `file` with "
-        "text, `image_url` (`https` only where the server is told to fetch), "
+        "1 to 4,096; `developer` is read as `system`; `reasoning_content` and `reasoning` are accepted back; parts: text, "
+        "`file` that is text or a PDF with text in it, `image_url` (`https` only where the server is told to fetch), "
         "`video_url` (extension: MP4, QuickTime or WebM of 2 minutes at most, `num_frames` of it, 8 or 1 to 32)"
     ),
     "max_completion_tokens": honoured("the same as `max_tokens`; different values of the two are refused"),
     "logprobs": honoured("under the model's own distribution, before temperature and filters"),
     "top_logprobs": honoured("0 to 20; only with `logprobs`"),
-    "tools": honoured("up to 256 functions; with `strict: true` arguments follow the schema to the letter"),
-    "tool_choice": honoured("`none`, `auto`, `required`, a function by name, `allowed_tools`; enforced while decoding"),
+    "tools": honoured(
+        "up to 256: `function`, with `strict: true` arguments follow the schema to the letter; `custom`, not with `stream`, whose `regex` "
+        "is enforced, and its `lark` where calls hold plain text, and it is named in any case"
+    ),
+    "tool_choice": honoured("`none`, `auto`, `required`, a function or a custom tool by name, `allowed_tools`; enforced while decoding"),
     "parallel_tool_calls": honoured("false ends the reply after the first call"),
     "response_format": honoured("`text`, `json_object`, `json_schema`; enforced while decoding, after the reasoning"),
     "reasoning_effort": honoured("`none`: no reasoning; else the template's own level or a budget; ignored by models that do not reason"),

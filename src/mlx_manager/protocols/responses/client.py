@@ -1,9 +1,9 @@
 """What is wanted → what a client of the Responses API sends: the other direction of `requests`."""
 
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.messages import Content, Image, Message, RemoteImage, Video
+from mlx_manager.core.messages import Content, Document, Image, Message, Part, RemoteImage, Video
 from mlx_manager.core.requests import AnyJson, Conversation, GenerationRequest, JsonSchema, OutputFormat, Reasoning, ToolChoice, ToolSpec
-from mlx_manager.protocols.media import data_url
+from mlx_manager.protocols.media import data_url, pdf_file
 from mlx_manager.protocols.sampling import sampling_fields
 from mlx_manager.protocols.wire import Json, without_absent
 
@@ -51,7 +51,7 @@ def _content(content: Content) -> str | list[Json]:
     return content if isinstance(content, str) else [_part(part) for part in content]
 
 
-def _part(part: str | Image | Video | RemoteImage) -> Json:
+def _part(part: Part) -> Json:
     match part:
         case str():
             return {"type": "input_text", "text": part}
@@ -61,6 +61,8 @@ def _part(part: str | Image | Video | RemoteImage) -> Json:
             return {"type": "input_image", "image_url": url, "detail": "auto"}
         case Video():
             raise InvalidField("The Responses API has no videos.", param=part.where, code="unsupported_value")
+        case Document():
+            return {"type": "input_file", **pdf_file(part)}
 
 
 def _tool(tool: ToolSpec) -> Json:

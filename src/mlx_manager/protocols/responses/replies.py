@@ -21,7 +21,7 @@ from mlx_manager.core.events import (
     ToolCallStart,
     Usage,
 )
-from mlx_manager.protocols.responses.custom_input import InputReader
+from mlx_manager.protocols.custom_tools import InputReader
 from mlx_manager.protocols.responses.requests import CalledTool
 from mlx_manager.protocols.wire import Failure, Frame, Json
 

@@ -13,6 +13,7 @@ from mlx_manager.core.requests import (
     AnyJson,
     Conversation,
     GenerationRequest,
+    Grammar,
     JsonSchema,
     OutputFormat,
     Reasoning,
@@ -22,11 +23,11 @@ from mlx_manager.core.requests import (
 )
 from mlx_manager.protocols.body import read_json_object
 from mlx_manager.protocols.checked import checked_object
+from mlx_manager.protocols.custom_tools import custom_tool, form_of, write_input
 from mlx_manager.protocols.fields import quoted, without_nulls
 from mlx_manager.protocols.json_schema import check_schema
-from mlx_manager.protocols.media import check_pictures, file_text, image_from_url
+from mlx_manager.protocols.media import check_pictures, file_parts, image_from_url
 from mlx_manager.protocols.responses import schema
-from mlx_manager.protocols.responses.custom_input import PARAMETER, write_input
 from mlx_manager.protocols.responses.history import Item, Kept
 from mlx_manager.protocols.sampling import sampling
 from mlx_manager.protocols.seal import Seal
@@ -336,22 +337,22 @@ class _ItemReader:
         for i, part in enumerate(content):
             match part:
                 case schema.Part():
-                    parts.append(_part(part, f"{where}[{i}]", role))
+                    parts += _parts(part, f"{where}[{i}]", role)
                 case schema.OtherPart():
                     self.ignored.append(f"input.content.{part.type}")
         return core.content_of(parts)
 
 
-def _part(part: schema.Part, where: str, role: str) -> core.Part:
+def _parts(part: schema.Part, where: str, role: str) -> Sequence[core.Part]:
     match part.type:
         case "input_text" | "output_text" | "text":
             if part.text is None:
                 raise _missing(f"{where}.text")
-            return part.text
+            return (part.text,)
         case "refusal":
             if part.refusal is None:
                 raise _missing(f"{where}.refusal")
-            return part.refusal
+            return (part.refusal,)
         case "input_image":
             if role not in ("user", "tool"):
                 raise _unsupported(f"{where}.type", f"a {role} message holds text only")
@@ -359,9 +360,9 @@ def _part(part: schema.Part, where: str, role: str) -> core.Part:
                 raise InvalidField(
                     f"Invalid '{where}': pictures are taken by 'image_url' only; nothing is stored here.", param=f"{where}.image_url"
                 )
-            return image_from_url(part.image_url, f"{where}.image_url")
+            return (image_from_url(part.image_url, f"{where}.image_url"),)
         case "input_file":
-            return file_text({"file_data": part.file_data, "filename": part.filename}, where)
+            return file_parts({"file_data": part.file_data, "filename": part.filename}, where)
         case "input_audio":
             message = f"No model here hears: it cannot take a part of type '{part.type}' in '{where}.type'."
             raise InvalidField(message, param=f"{where}.type", code="unsupported_value")
@@ -442,21 +443,16 @@ class _Tools:
             case schema.FunctionTool():
                 parameters, strict = tool.parameters or {}, tool.strict is True
                 check_schema(parameters, f"{where or 'input.tools'}.parameters", strict=strict)
-            case schema.CustomTool():
-                parameters, strict = _CUSTOM_PARAMETERS, False
-                if tool.format is not None and tool.format.type == "grammar":
-                    lines.append(f"The {PARAMETER} follows this grammar ({tool.format.syntax}):\n{tool.format.definition}")
-                    self.ignored.append("tools.format")
-        said = [line for line in lines if line is not None]
-        self.specs.append(ToolSpec(called.flat, "\n".join(said) if said else None, MappingProxyType(parameters), strict=strict))
-
-
-_CUSTOM_PARAMETERS: Json = {
-    "type": "object",
-    "properties": {PARAMETER: {"type": "string", "description": "Free text"}},
-    "required": [PARAMETER],
-    "additionalProperties": False,
-}
+                said = [line for line in lines if line is not None]
+                spec = ToolSpec(called.flat, "\n".join(said) if said else None, MappingProxyType(parameters), strict=strict)
+            case schema.CustomTool(format=asked):
+                form = None
+                if asked is not None and asked.type == "grammar":
+                    form = form_of(asked.syntax, asked.definition, f"{where or 'input.tools'}.format")
+                spec = custom_tool(called.flat, lines, form)
+                if isinstance(form, Grammar):
+                    self.ignored.append("tools.format")  # enforced by some models only
+        self.specs.append(spec)
 
 
 def _echoed(tool: schema.FunctionTool | schema.CustomTool) -> Json:

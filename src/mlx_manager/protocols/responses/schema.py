@@ -73,7 +73,7 @@ class FunctionTool(Schema):
 class InputFormat(Schema):
     type: Literal["text", "grammar"]
     syntax: Literal["lark", "regex"] | None = None
-    definition: str | None = None
+    definition: Annotated[str, Field(min_length=1, max_length=64 << 10)] | None = None
 
 
 class CustomTool(Schema):
@@ -333,7 +333,7 @@ RESPONSES_FIELDS: Mapping[str, Rule] = {
     "input": honoured(
         "text or up to 16,384 items: messages, reasoning, calls of functions and custom tools, of shells and patches, their outputs, "
         "`item_reference`, `additional_tools`; other items are rendered as nothing and named, `compaction_trigger` is refused; "
-        "pictures by `image_url` (`https` only where the server is told to fetch)"
+        "files that are text or PDFs with text in them; pictures by `image_url` (`https` only where the server is told to fetch)"
     ),
     "instructions": honoured("the first system message; not inherited through `previous_response_id`"),
     "previous_response_id": honoured("of a response that is still kept: 1,024 for each client, 64 MiB, one hour, none after a restart"),
@@ -351,7 +351,10 @@ RESPONSES_FIELDS: Mapping[str, Rule] = {
     "seed": honoured("64-bit integer; the same draws in any batch (extension)"),
     "stop": honoured("string or up to 16 strings of up to 256 characters; found across tokens, never shown (extension)"),
     "logit_bias": honoured("up to 1,024 token ids, -100 to 100 (extension)"),
-    "tools": honoured("up to 256: `function`, `custom`, `namespace`; tools that are run elsewhere are dropped and named"),
+    "tools": honoured(
+        "up to 256: `function`, `custom`, `namespace`; the `regex` of a custom tool is enforced, its `lark` where calls hold plain text, "
+        "and it is named in any case; tools that are run elsewhere are dropped and named"
+    ),
     "tool_choice": honoured("`none`, `auto`, `required`, a function or custom tool by name, `allowed_tools`; enforced while decoding"),
     "parallel_tool_calls": honoured("false ends the reply after the first call"),
     "text": honoured("`format`: `text`, `json_object`, `json_schema`, enforced while decoding; `verbosity` has no effect"),

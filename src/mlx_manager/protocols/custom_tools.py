@@ -1,10 +1,13 @@
-"""The one text that a custom tool takes, out of the JSON arguments in which the model wrote it, piece by piece.
-
-A custom tool is shown to the model as a function with one parameter, `input`."""
+"""Custom tools, which take one text: shown to the model as functions with one parameter, `input`, and read back from its JSON arguments."""
 
 import json
 import re
-from typing import Any, cast
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+from mlx_manager.core.errors import InvalidField
+from mlx_manager.core.requests import Grammar, JsonObject, Regex, ToolSpec
 
 PARAMETER = "input"
 _OPENING = re.compile(r'\s*\{\s*"' + PARAMETER + r'"\s*:\s*"')
@@ -12,11 +15,46 @@ _ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r"
 _PLAIN = re.compile(r'[^"\\]+')
 _UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
 _NO_CHARACTER = "\ufffd"
+_PARAMETERS: JsonObject = MappingProxyType(
+    {
+        "type": "object",
+        "properties": {PARAMETER: {"type": "string", "description": "Free text"}},
+        "required": [PARAMETER],
+        "additionalProperties": False,
+    }
+)
+
+
+def custom_tool(name: str, said: Sequence[str | None], form: Regex | Grammar | None) -> ToolSpec:
+    """`said` is what the client says of it; the form is told too, because not every model can be held to it."""
+    lines = [line for line in said if line is not None]
+    match form:
+        case Regex(definition):
+            lines.append(f"The {PARAMETER} follows this grammar (regex):\n{definition}")
+        case Grammar(definition):
+            lines.append(f"The {PARAMETER} follows this grammar (lark):\n{definition}")
+        case None:
+            pass
+    return ToolSpec(name, "\n".join(lines) if lines else None, _PARAMETERS, form=form)
+
+
+def form_of(syntax: Literal["lark", "regex"] | None, definition: str | None, where: str) -> Regex | Grammar:
+    """Raises `InvalidField` if one of them is missing."""
+    if syntax is None or definition is None:
+        missing = f"{where}.{'syntax' if syntax is None else 'definition'}"
+        raise InvalidField(f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter")
+    return Regex(definition) if syntax == "regex" else Grammar(definition)
 
 
 def write_input(text: str) -> str:
     """The arguments of a call with this input."""
     return json.dumps({PARAMETER: text}, ensure_ascii=False)
+
+
+def read_input(arguments: str) -> str:
+    """The input that arguments hold."""
+    reader = InputReader()
+    return reader.feed(arguments) + reader.finish()
 
 
 class InputReader:

@@ -1,6 +1,5 @@
 """Profiles and aliases over a real socket: what they say for clients of every protocol, and how they are changed."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +23,17 @@ SAYS_CODE = "The secret code is 4821."
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a test puts there is found by the next list."""
+    folder = tmp_path_factory.mktemp("models")
+    make_small_window_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Running]:
     data_dir = tmp_path_factory.mktemp("profiles")
-    make_small_window_model(data_dir / "models")
-    settings = {"MLX_MANAGER_ADAPTERS_DIR": str(ADAPTERS), "MLX_MANAGER_MODELS_DIR": f"{FIXTURE_MODELS}:{data_dir / 'models'}"}
+    settings = {"MLX_MANAGER_ADAPTERS_DIR": str(ADAPTERS), "MLX_MANAGER_MODELS_DIR": f"{FIXTURE_MODELS}:{models}"}
     with serve_process(data_dir, settings) as running:
         yield running
 
@@ -289,7 +295,7 @@ def test_requests_are_counted_under_the_model_that_answered(server: Running, htt
     assert server.metric("mlx_manager_requests_total", model="gpt-4o") == 0
 
 
-def test_what_is_not_here_yet_may_be_named_and_is_marked(http: httpx2.Client, client: OpenAI, tmp_path: Path) -> None:
+def test_what_is_not_here_yet_may_be_named_and_is_marked(http: httpx2.Client, client: OpenAI) -> None:
     profile = make(http, "fast", model="someone/large", system_prompt="Be quick.", reasoning_effort="low", adapter="theirs")
     alias = point(http, "gpt-5", "someone/large:fast")
     assert (profile["available"], alias["available"]) == (False, False)
@@ -401,8 +407,7 @@ def test_what_the_template_has_no_use_for_is_refused_by_its_field(http: httpx2.C
     assert http.get("/api/profiles").json() == {"profiles": []}
 
 
-def test_a_model_whose_template_has_no_system_message_is_not_given_one(tmp_path: Path) -> None:
-    models = tmp_path / "models"
+def test_a_model_whose_template_has_no_system_message_is_not_given_one(http: httpx2.Client, client: OpenAI, models: Path) -> None:
     for name in ("strict", "raw"):
         shutil.copytree(FIXTURE_MODELS / MODEL, models / name)
     template = models / "strict" / "chat_template.jinja"
@@ -410,17 +415,12 @@ def test_a_model_whose_template_has_no_system_message_is_not_given_one(tmp_path:
         "{%- if messages[0].role == 'system' -%}{{- raise_exception('No system role') -}}{%- endif -%}" + template.read_text()
     )
     (models / "raw" / "chat_template.jinja").unlink()
-    with serve_process(tmp_path, {"MLX_MANAGER_MODELS_DIR": str(models)}) as running, running.http() as http:
-        reply = http.post("/api/profiles", json={"model": "strict", "name": "it", "system_prompt": "Be kind."})
-        assert refused(reply) == (
-            "system_prompt",
-            "Invalid 'system_prompt': The model's chat template refuses these messages: No system role.",
-        )
-        make(http, "it", model="strict", temperature=0)
-        assert refused(http.post("/api/profiles", json={"model": "raw", "name": "it", "enable_thinking": True}))[0] == "enable_thinking"
-        make(http, "it", model="raw", temperature=0, max_tokens=3)
-        with running.openai() as client:
-            assert client.completions.create(model="raw:it", prompt="Hello").usage.completion_tokens <= 3
+    reply = http.post("/api/profiles", json={"model": "strict", "name": "it", "system_prompt": "Be kind."})
+    assert refused(reply) == ("system_prompt", "Invalid 'system_prompt': The model's chat template refuses these messages: No system role.")
+    make(http, "it", model="strict", temperature=0)
+    assert refused(http.post("/api/profiles", json={"model": "raw", "name": "it", "enable_thinking": True}))[0] == "enable_thinking"
+    make(http, "it", model="raw", temperature=0, max_tokens=3)
+    assert client.completions.create(model="raw:it", prompt="Hello").usage.completion_tokens <= 3
 
 
 # ---- changing them
@@ -477,7 +477,7 @@ def test_what_is_not_there_is_not_found(http: httpx2.Client) -> None:
 
 
 @pytest.mark.requirement("F9", "D1")
-def test_a_restart_keeps_them(tmp_path: Path) -> None:
+def test_a_restart_keeps_them_and_what_was_found(tmp_path: Path) -> None:
     presets = {
         **KEEPER,
         "description": "a\nb",
@@ -492,23 +492,22 @@ def test_a_restart_keeps_them(tmp_path: Path) -> None:
     with serve_process(tmp_path) as running, running.http() as http:
         made = make(http, "keeper", **presets)
         aliased = point(http, "claude-opus", f"{MODEL}:keeper")
+        probed = http.post(f"/api/models/{MODEL}/probe").raise_for_status().json()
     assert {name: made[name] for name in presets} == presets
     with serve_process(tmp_path) as running, running.http() as http, running.anthropic() as client:
         assert http.get("/api/profiles").json() == {"profiles": [made]}
         assert http.get("/api/aliases").json() == {"aliases": [aliased]}
+        assert http.get(f"/v1/models/{MODEL}").json()["abilities"] == probed
         assert client.messages.create(model="claude-opus", max_tokens=40, messages=ASK_CODE).content[-1].text == SAYS_CODE  # type: ignore[union-attr]
 
 
-def test_what_is_configured_comes_before_what_turns_up_on_the_disk(tmp_path: Path) -> None:
-    models = tmp_path / "models"
+def test_what_is_configured_comes_before_what_turns_up_on_the_disk(http: httpx2.Client, client: OpenAI, models: Path) -> None:
     shutil.copytree(FIXTURE_MODELS / MODEL, models / "mine")
-    with serve_process(tmp_path, {"MLX_MANAGER_MODELS_DIR": str(models)}) as running, running.http() as http, running.openai() as client:
-        make(http, "jeeves", model="mine", **KEEPER)
-        point(http, "gpt-4o", "mine:jeeves")
-        shutil.copytree(ADAPTERS / "butler", models / "mine" / "adapters" / "jeeves")
-        shutil.copytree(FIXTURE_MODELS / "llama", models / "gpt-4o")
-        assert [m.id for m in client.models.list() if m.id.startswith(("mine", "gpt"))] == ["gpt-4o", "mine", "mine:jeeves"]
-        assert said(client, "mine:jeeves", ASK_CODE) == said(client, "gpt-4o", ASK_CODE) == SAYS_CODE
-        profile = http.get("/api/profiles/mine:jeeves").json()
-        changed = http.put("/api/profiles/mine:jeeves", json={**json.loads(json.dumps(KEEPER)), "version": profile["version"]})
-        assert refused(changed, 409)[0] == "name"
+    profile = make(http, "jeeves", model="mine", **KEEPER)
+    point(http, "gpt-4o", "mine:jeeves")
+    shutil.copytree(ADAPTERS / "butler", models / "mine" / "adapters" / "jeeves")
+    shutil.copytree(FIXTURE_MODELS / "llama", models / "gpt-4o")
+    assert [m.id for m in client.models.list() if m.id in ("gpt-4o", "mine:jeeves")] == ["gpt-4o", "mine:jeeves"]
+    assert said(client, "mine:jeeves", ASK_CODE) == said(client, "gpt-4o", ASK_CODE) == SAYS_CODE
+    changed = http.put("/api/profiles/mine:jeeves", json={**KEEPER, "version": profile["version"]})
+    assert refused(changed, 409)[0] == "name"

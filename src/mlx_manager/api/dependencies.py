@@ -20,6 +20,8 @@ from mlx_manager.telemetry import Metrics
 
 @dataclass(frozen=True, slots=True)
 class Services:
+    """`probing` are the models that are being probed now."""
+
     config: Config
     device: Device
     pool: Pool

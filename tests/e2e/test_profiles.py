@@ -1,6 +1,7 @@
 """Profiles and aliases over a real socket: what they say for clients of every protocol, and how they are changed."""
 
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,8 +32,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Running]:
-    data_dir = tmp_path_factory.mktemp("profiles")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture(scope="module")
+def server(data_dir: Path, models: Path) -> Iterator[Running]:
     settings = {"MLX_MANAGER_ADAPTERS_DIR": str(ADAPTERS), "MLX_MANAGER_MODELS_DIR": f"{FIXTURE_MODELS}:{models}"}
     with serve_process(data_dir, settings) as running:
         yield running
@@ -376,12 +381,15 @@ def test_a_name_is_an_id_and_never_a_path(http: httpx2.Client, name: str) -> Non
         ("repetition_penalty", 0),
         ("seed", 2**63),
         ("max_tokens", 0),
+        ("max_tokens", 2**63),
         ("stop", [""]),
         ("stop", ["x"] * 17),
         ("enable_thinking", "yes"),
         ("reasoning_effort", "much"),
         ("thinking_budget", -1),
+        ("thinking_budget", 10**30),
         ("context_limit", 0),
+        ("context_limit", 2**31),
         ("system_prompt", 7),
         ("description", ["a"]),
         ("temprature", 0),
@@ -474,6 +482,24 @@ def test_what_is_not_there_is_not_found(http: httpx2.Client) -> None:
             assert http.request(method, f"/api/{kind}/nobody:nothing", json=body).status_code == 404
     assert http.post("/api/profiles", content=b"[]").status_code == 400
     assert http.post("/api/aliases", content=b"{").status_code == 400
+
+
+@pytest.mark.requirement("D5")
+def test_while_the_database_is_locked_changes_are_refused_and_everything_else_goes_on(
+    http: httpx2.Client, client: OpenAI, data_dir: Path
+) -> None:
+    make(http, "keeper", **KEEPER)
+    other = sqlite3.connect(data_dir / "mlx-manager.db", timeout=0)
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        locked = http.post("/api/profiles", json={"model": MODEL, "name": "it"})
+        assert (locked.status_code, locked.json()["type"].rpartition(":")[2]) == (503, "not_saved")
+        assert "Nothing was changed" in locked.json()["detail"]
+        assert [profile["name"] for profile in http.get("/api/profiles").json()["profiles"]] == ["keeper"]
+        assert said(client, f"{MODEL}:keeper", ASK_CODE) == SAYS_CODE
+    finally:
+        other.close()
+    make(http, "it")
 
 
 @pytest.mark.requirement("F9", "D1")

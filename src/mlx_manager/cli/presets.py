@@ -13,8 +13,8 @@ alias = typer.Typer(help="Free names for models and profiles.", invoke_without_c
 
 Id = Annotated[str, typer.Argument(metavar="MODEL:PROFILE", help="As clients ask for it.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="As clients ask for it.")]
-NOT_PRESET = ("id", "model", "name", "version", "available")
-"""What a profile has beside what it says for clients."""
+NOT_SET = ("id", "model", "name", "version", "available")
+"""What a profile has and `set` does not change."""
 
 
 @profiles.callback()
@@ -43,8 +43,11 @@ def show_profile(profile: Id, host: Host = None, as_json: AsJson = False) -> Non
     if as_json:
         print_json(told)
         return
-    said = {name.replace("_", " ").capitalize(): str(value) for name, value in _presets(told).items()}
-    print_table(list(({"Profile": told["id"], "Version": str(told["version"])} | said | {"": _absent(told)}).items()))
+    facts = {"Profile": told["id"], "Version": str(told["version"])}
+    for name, value in {"description": told["description"], **_presets(told), "available": _absent(told)}.items():
+        if value != "":
+            facts[name.replace("_", " ").capitalize()] = str(value)
+    print_table(list(facts.items()))
 
 
 @profiles.command("set")
@@ -158,7 +161,7 @@ def _put(kind: str, name: str, identity: dict[str, str], changes: dict[str, Any]
         if error.status != 404:
             fail(str(error))
         return here.ask("POST", f"/api/{kind}", identity | changes)
-    kept = {field: value for field, value in before.items() if field not in NOT_PRESET}
+    kept = {field: value for field, value in before.items() if field not in NOT_SET}
     return here.ask("PUT", _path(kind, name), kept | changes | {"version": before["version"]})
 
 
@@ -168,11 +171,7 @@ def _path(kind: str, name: str) -> str:
 
 def _presets(profile: dict[str, Any]) -> dict[str, Any]:
     """What it says for clients."""
-    return {
-        name: value
-        for name, value in profile.items()
-        if name not in NOT_PRESET and value is not None and (name, value) != ("description", "")
-    }
+    return {name: value for name, value in profile.items() if name not in (*NOT_SET, "description") and value is not None}
 
 
 def _first_line(text: str) -> str:

@@ -26,6 +26,8 @@ router = APIRouter(tags=["Profiles"])
 S = TypeVar("S", bound=Schema)
 Id = Annotated[str, Field(min_length=1, max_length=256)]
 Version = Annotated[int, Field(ge=1)]
+# What a column of the database holds, and far more than any model has.
+_MAX_TOKENS = 2**31 - 1
 
 
 class Presets(SamplingFields, ReasoningOptions):
@@ -34,9 +36,10 @@ class Presets(SamplingFields, ReasoningOptions):
     description: Annotated[str, Field(max_length=16_384)] | None = None
     adapter: Id | None = None
     system_prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    context_limit: Annotated[int, Field(ge=1)] | None = None
+    thinking_budget: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = None
+    context_limit: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
 
 
 class NewProfile(Presets):

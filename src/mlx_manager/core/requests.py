@@ -1,7 +1,7 @@
 """What a client asks for, whatever wire it came over.
 
-`None` means that the client did not say; zero, false and the empty string are answers. Absent values are resolved in one
-place, where the model's own defaults are known (`inference.local_model`).
+`None` means that the client did not say; zero, false and the empty string are answers. Absent values are a profile's, if the client
+asked by one (`settings.profiles`), and else resolved in one place, where the model's own defaults are known (`inference.dialect`).
 """
 
 from collections.abc import Mapping

@@ -13,6 +13,7 @@ from mlx_manager.core.errors import Conflict
 from mlx_manager.core.requests import GenerationRequest
 from mlx_manager.gateway.probe import probe as ask
 from mlx_manager.hub.fingerprint import files_fingerprint
+from mlx_manager.settings.findings import Found
 
 router = APIRouter(tags=["Models"])
 
@@ -32,11 +33,11 @@ async def _probe(services: Services, model: str) -> AbilitiesView:
     try:
         checkpoint = next(status.checkpoint for status in services.pool.statuses() if status.checkpoint.id == model)
         fingerprint = await asyncio.to_thread(files_fingerprint, checkpoint)
-        answers = await ask(
-            services.gateway.stream, GenerationRequest(model, (), priority="low", timeout_s=services.config.request_timeout_s)
-        )
+        asking = GenerationRequest(model, (), priority="low", timeout_s=services.config.request_timeout_s)
+        answers = await ask(services.gateway.stream, asking)
         now = int(time.time())
-        await services.findings.keep(model, {c: Finding(a.verified, a.detail, fingerprint, now) for c, a in answers.items()})
+        found: Found = {c: Finding(a.verified, a.detail, fingerprint, now) for c, a in answers.items()}
+        await asyncio.shield(services.findings.keep(model, found))  # whoever leaves now leaves something whole behind
     finally:
         services.probing.discard(model)
     return (await abilities_of(services, [checkpoint]))[model]

@@ -327,8 +327,8 @@ def test_what_a_probe_finds_is_shown_without_the_server_too(home: dict[str, str]
     with serving(home):
         probed = command(home, "probe", MODEL)
         assert probed.returncode == 0, probed.stderr
-        assert re.search(r"tools +yes \(verified\) +it called get_weather", probed.stdout)
-        assert re.search(r"vision +no \(failed\)", probed.stdout)
+        assert re.search(r"Tools +yes \(verified\) +it called get_weather", probed.stdout)
+        assert re.search(r"Vision +no \(failed\)", probed.stdout)
         unknown = command(home, "probe", "nobody")
         assert (unknown.returncode, "nobody" in unknown.stderr) == (1, True)
     shown = json.loads(command(home, "show", MODEL, "--json").stdout)["abilities"]

@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from mlx_manager.core.capabilities import CAPABILITIES
 from tests.e2e.serving import FIXTURE_MODELS, GENEROUS_S, MODEL, Running, serve_process
 
 CALLS = ("qwen3", "llama", "mistral", "gemma3_text", "glm4")
@@ -61,7 +62,7 @@ def told(http: httpx2.Client, model: str) -> dict[str, Any]:
 
 
 def verdicts(abilities: dict[str, Any]) -> dict[str, tuple[bool, str]]:
-    return {name: (abilities[name]["supported"], abilities[name]["status"]) for name in ("tools", "thinking", "vision")}
+    return {name: (abilities[name]["supported"], abilities[name]["status"]) for name in CAPABILITIES}
 
 
 def test_what_a_model_can_do_is_guessed_without_loading_it(http: httpx2.Client) -> None:
@@ -70,6 +71,7 @@ def test_what_a_model_can_do_is_guessed_without_loading_it(http: httpx2.Client) 
         assert verdicts(guessed) == {
             "tools": (model in CALLS, "guessed"),
             "thinking": (model in THINKS, "guessed"),
+            "thinking_switch": (model in THINKS, "guessed"),
             "vision": (model in SEES, "guessed"),
         }
         assert guessed["options"] == (["enable_thinking", "reasoning_effort", "thinking_budget"] if model in THINKS else [])
@@ -85,6 +87,7 @@ def test_asking_a_model_shows_what_it_does_and_what_it_does_not(http: httpx2.Cli
     assert verdicts(asked) == {
         "tools": (True, "verified") if model in CALLS else (False, "failed"),
         "thinking": (True, "verified") if model in THINKS else (False, "failed"),
+        "thinking_switch": (True, "verified") if model in THINKS else (False, "failed"),
         "vision": (True, "verified") if model in SEES else (False, "failed"),
     }
     assert told(http, model) == asked
@@ -93,9 +96,10 @@ def test_asking_a_model_shows_what_it_does_and_what_it_does_not(http: httpx2.Cli
         assert asked["vision"]["detail"].startswith("This model reads text only")
     if model in THINKS:
         assert "2 + 3" in asked["thinking"]["detail"]
+        assert "2 + 3 = 5." in asked["thinking_switch"]["detail"]
     if model in SEES:
         assert asked["vision"]["detail"] == "it told red from blue"
-    assert all(asked[name]["found_at"] > 1_700_000_000 for name in ("tools", "thinking", "vision"))
+    assert all(asked[name]["found_at"] > 1_700_000_000 for name in CAPABILITIES)
 
 
 def test_a_name_is_probed_as_the_model_that_it_stands_for(http: httpx2.Client) -> None:
@@ -152,7 +156,7 @@ def test_findings_end_with_the_files_that_they_are_of(http: httpx2.Client, model
     text = template.read_text()
     template.write_text("{{ messages[-1].content }}")
     changed = told(http, "changing")
-    assert verdicts(changed) == {"tools": (False, "guessed"), "thinking": (False, "guessed"), "vision": (False, "guessed")}
+    assert set(verdicts(changed).values()) == {(False, "guessed")}
     assert (changed["tool_format"], changed["options"]) == (None, [])
     template.write_text(text)
     assert told(http, "changing") == asked

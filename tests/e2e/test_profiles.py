@@ -535,5 +535,7 @@ def test_what_is_configured_comes_before_what_turns_up_on_the_disk(http: httpx2.
     shutil.copytree(FIXTURE_MODELS / "llama", models / "gpt-4o")
     assert [m.id for m in client.models.list() if m.id in ("gpt-4o", "mine:jeeves")] == ["gpt-4o", "mine:jeeves"]
     assert said(client, "mine:jeeves", ASK_CODE) == said(client, "gpt-4o", ASK_CODE) == SAYS_CODE
-    changed = http.put("/api/profiles/mine:jeeves", json={**KEEPER, "version": profile["version"]})
-    assert refused(changed, 409)[0] == "name"
+    with_it = {**KEEPER, "system_prompt": None, "adapter": "jeeves", "version": profile["version"]}
+    http.put("/api/profiles/mine:jeeves", json=with_it).raise_for_status()
+    assert said(client, "mine:jeeves", HELLO) == "Good day, Alice! You rang?"
+    http.put("/api/aliases/gpt-4o", json={"target": "llama", "version": 1}).raise_for_status()

@@ -15,7 +15,7 @@ from mlx_manager.inference.abilities import guess
 from mlx_manager.inference.families.detect import FAMILIES
 from tests.inference.fixture_models import MODELS, dialect
 
-NOTHING = Abilities(Ability(False), Ability(False), Ability(False))
+NOTHING = Abilities(Ability(False), Ability(False), Ability(False), Ability(False))
 
 
 @pytest.fixture
@@ -28,7 +28,9 @@ def test_the_files_tell_what_the_loaded_tokenizer_tells(family: str) -> None:
     guessed = guess(read(MODELS / family, family))
     theirs = dialect(family).family
     assert theirs.tool_format is not None
-    assert guessed == Abilities(Ability(True), Ability(theirs.thinks), Ability(False), theirs.tool_format.start, theirs.reasoning_options)
+    assert guessed == Abilities(
+        Ability(True), Ability(theirs.thinks), Ability(theirs.thinks), Ability(False), theirs.tool_format.start, theirs.reasoning_options
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ class AbilitiesView(BaseModel):
 
     tools: AbilityView
     thinking: AbilityView
+    thinking_switch: AbilityView
     vision: AbilityView
     tool_format: str | None
     options: list[str]
@@ -41,6 +42,7 @@ class AbilitiesView(BaseModel):
         return cls(
             tools=AbilityView.of(told.tools),
             thinking=AbilityView.of(told.thinking),
+            thinking_switch=AbilityView.of(told.thinking_switch),
             vision=AbilityView.of(told.vision),
             tool_format=told.tool_format,
             options=[OPTION_FIELDS[option] for option in told.options],

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_manager.cli.configuration import AdaptersDir, AsJson, ModelsDir, catalogue, configured
-from mlx_manager.cli.terminal import ability, count, fail, print_json, print_table, say, size, tokens, warn
+from mlx_manager.cli.terminal import ability, count, fail, label, print_json, print_table, say, size, tokens, warn
+from mlx_manager.core.capabilities import CAPABILITIES
 
 if TYPE_CHECKING:
     from mlx_manager.config import Config
@@ -98,13 +99,10 @@ def _found(config: "Config", model: str) -> "Found":
 def _can(told: dict[str, Any] | None) -> dict[str, str]:
     if told is None:
         return {}
-    calls = f", {told['tool_format'] or 'bare JSON'}" if told["tool_format"] is not None else ""
-    return {
-        "Tools": ability(told["tools"]) + calls,
-        "Thinking": ability(told["thinking"]),
-        "Vision": ability(told["vision"]),
-        "Options": ", ".join(told["options"]) or "none",
-    }
+    can = {label(name): ability(told[name]) for name in CAPABILITIES}
+    if told["tool_format"] is not None:
+        can[label("tools")] += f", {told['tool_format'] or 'bare JSON'}"
+    return can | {"Options": ", ".join(told["options"]) or "none"}
 
 
 def _facts(model: "Checkpoint") -> dict[str, str]:

@@ -6,7 +6,7 @@ from urllib.parse import quote
 import typer
 
 from mlx_manager.cli.configuration import AsJson, Host, server
-from mlx_manager.cli.terminal import USAGE, fail, print_json, print_table, say
+from mlx_manager.cli.terminal import USAGE, fail, label, print_json, print_table, say
 
 profiles = typer.Typer(help="Named ways to ask a model, for every client: model:profile.", invoke_without_command=True)
 alias = typer.Typer(help="Free names for models and profiles.", invoke_without_command=True)
@@ -46,7 +46,7 @@ def show_profile(profile: Id, host: Host = None, as_json: AsJson = False) -> Non
     facts = {"Profile": told["id"], "Version": str(told["version"])}
     for name, value in {"description": told["description"], **_presets(told), "available": _absent(told)}.items():
         if value != "":
-            facts[name.replace("_", " ").capitalize()] = str(value)
+            facts[label(name)] = str(value)
     print_table(list(facts.items()))
 
 

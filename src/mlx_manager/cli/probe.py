@@ -6,7 +6,8 @@ from urllib.parse import quote
 import typer
 
 from mlx_manager.cli.configuration import AsJson, Host, server
-from mlx_manager.cli.terminal import ability, print_json, print_table
+from mlx_manager.cli.terminal import ability, label, print_json, print_table
+from mlx_manager.core.capabilities import CAPABILITIES
 
 # It may have to be loaded first.
 TIMEOUT_S = 3600.0
@@ -22,4 +23,4 @@ def probe(
     if as_json:
         print_json(told)
     else:
-        print_table([(name, ability(told[name]), told[name]["detail"]) for name in ("tools", "thinking", "vision")])
+        print_table([(label(name), ability(told[name]), told[name]["detail"]) for name in CAPABILITIES])

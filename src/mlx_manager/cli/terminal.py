@@ -81,6 +81,11 @@ def print_table(rows: Iterable[Sequence[str | Text]], *, columns: Sequence[str] 
     screen().print(grid)
 
 
+def label(field: str) -> str:
+    """`max_tokens` as a person reads it."""
+    return field.replace("_", " ").capitalize()
+
+
 def ability(told: Mapping[str, Any]) -> str:
     """Whether a model can do something, and how that is known."""
     return f"{'yes' if told['supported'] else 'no'} ({told['status']})"

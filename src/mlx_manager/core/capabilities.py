@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from mlx_manager.core.requests import ReasoningOption
 
-Capability = Literal["tools", "thinking", "vision"]
+Capability = Literal["tools", "thinking", "thinking_switch", "vision"]
 CAPABILITIES: tuple[Capability, ...] = get_args(Capability)
 
 
@@ -33,10 +33,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """`tool_format` is the mark that begins its calls, "" for one without; `options` of what can be said of reasoning have an effect."""
+    """`thinking_switch`: it can be told to think, and not to. `tool_format` is the mark that begins its calls, "" for one without;
+    `options` of what can be said of reasoning have an effect."""
 
     tools: Ability
     thinking: Ability
+    thinking_switch: Ability
     vision: Ability
     tool_format: str | None = None
     options: tuple[ReasoningOption, ...] = ()

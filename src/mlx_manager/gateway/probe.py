@@ -23,6 +23,7 @@ _SIDE = 56
 _COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
 _SHOWN_CHARS = 80
 _PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "The city name"}}, "required": ["city"]}
+_SUM = "What is 2 + 3?"
 _NO_THOUGHT = Reasoning(enabled=False)
 _WEATHER = ToolSpec("get_weather", "Get the current weather", _PARAMETERS)
 
@@ -39,7 +40,7 @@ async def probe(stream: Stream, asking: GenerationRequest) -> Mapping[Capability
     """Each capability, asked for; `asking` says of whom, and how urgently. Raises `core.errors` where the model could not be asked at all,
     such as `ModelLoadFailed`."""
     ways: Mapping[Capability, Callable[[Stream, GenerationRequest], Awaitable[Answer]]]
-    ways = {"tools": _calls, "thinking": _thinks, "vision": _sees}
+    ways = {"tools": _calls, "thinking": _thinks, "thinking_switch": _switches, "vision": _sees}
     answers: dict[Capability, Answer] = {}
     for capability in CAPABILITIES:
         try:
@@ -61,10 +62,21 @@ async def _calls(stream: Stream, asking: GenerationRequest) -> Answer:
 
 
 async def _thinks(stream: Stream, asking: GenerationRequest) -> Answer:
-    choice = await _ask(stream, asking, "What is 2 + 3?", reasoning=Reasoning(enabled=True, budget=_THOUGHT_TOKENS))
+    choice = await _ask(stream, asking, _SUM, reasoning=Reasoning(enabled=True, budget=_THOUGHT_TOKENS))
     if choice.reasoning is not None and choice.reasoning.strip():
         return Answer(True, f"it thought: {_short(choice.reasoning)}")
     return Answer(False, f"it did not think, and said: {_short(choice.text)}")
+
+
+async def _switches(stream: Stream, asking: GenerationRequest) -> Answer:
+    """Told to think it does, and told not to it answers at once."""
+    told = await _thinks(stream, asking)
+    if not told.verified:
+        return told
+    choice = await _ask(stream, asking, _SUM)
+    if choice.reasoning is not None and choice.reasoning.strip():
+        return Answer(False, f"told not to, it thought: {_short(choice.reasoning)}")
+    return Answer(bool(choice.text), f"told not to think, it said: {_short(choice.text)}")
 
 
 async def _sees(stream: Stream, asking: GenerationRequest) -> Answer:

@@ -33,7 +33,7 @@ def guess(checkpoint: Checkpoint) -> Abilities:
     try:
         return _guess(checkpoint.path, checkpoint.kind == "vision", tuple(file.stat().st_mtime_ns for file in files))
     except (OSError, Unusable, AttributeError):  # of a list of templates that is none
-        return Abilities(Ability(False), Ability(False), Ability(False))
+        return Abilities(Ability(False), Ability(False), Ability(False), Ability(False))
 
 
 @lru_cache(maxsize=1024)
@@ -45,6 +45,7 @@ def _guess(folder: Path, sees: bool, _times: tuple[int, ...]) -> Abilities:
     return Abilities(
         tools=Ability(calls),
         thinking=Ability(family.thinks),
+        thinking_switch=Ability(family.thinks),
         vision=Ability(sees),
         tool_format=None if not calls else "<|channel|>" if family.tool_format is None else family.tool_format.start,
         options=family.reasoning_options if template else (),

@@ -54,9 +54,9 @@ class Names:
         return (alias.name for alias in self.aliases.values() if alias.target == target)
 
 
-def check_profile(profile: Profile, names: Names, models: Collection[str]) -> None:
-    """`models` are the ids of all that is on this machine; one that is not may be downloaded later. Raises `InvalidField`, and `Conflict`
-    for a name that means something else."""
+def check_profile_name(profile: Profile, names: Names, models: Collection[str]) -> None:
+    """Before there is one of that name. `models` are the ids of all that is on this machine; one that is not may be downloaded later.
+    Raises `InvalidField`, and `Conflict` for a name that means something else."""
     _check_model_id(profile.model, "model")
     _check_suffix(profile.name, "name")
     if len(profile.id) > MAX_ID_LENGTH:
@@ -64,30 +64,43 @@ def check_profile(profile: Profile, names: Names, models: Collection[str]) -> No
     if profile.model in names.aliases:
         target = names.aliases[profile.model].target
         raise InvalidField(f"Invalid 'model': '{profile.model}' is an alias. It stands for '{target}'.", param="model")
+    if profile.id in names.profiles:
+        raise Conflict(f"There is a profile '{profile.id}' already.", param="name", code="already_exists")
     if profile.id in models:
         raise Conflict(f"The model '{profile.model}' has an adapter named '{profile.name}': a profile needs another name.", param="name")
     if profile.id in names.aliases:
         raise Conflict(f"'{profile.id}' is an alias: a profile needs another name.", param="name")
-    if profile.adapter is not None:
-        _check_suffix(profile.adapter, "adapter")
-        if profile.model in models and profile.target not in models:
-            there = [id.partition(":")[2] for id in sorted(models) if id.startswith(f"{profile.model}:")]
-            has = f"It has: {', '.join(there)}." if there else "It has none."
-            raise InvalidField(f"The model '{profile.model}' has no adapter '{profile.adapter}'. {has}", param="adapter")
 
 
-def check_alias(alias: Alias, names: Names, models: Collection[str]) -> None:
-    """As `check_profile`."""
+def check_adapter(profile: Profile, models: Collection[str]) -> None:
+    """That its model has the adapter, if it is here. Raises `InvalidField`."""
+    if profile.adapter is None:
+        return
+    _check_suffix(profile.adapter, "adapter")
+    if profile.model in models and profile.target not in models:
+        there = [id.partition(":")[2] for id in sorted(models) if id.startswith(f"{profile.model}:")]
+        has = f"It has: {', '.join(there)}." if there else "It has none."
+        raise InvalidField(f"The model '{profile.model}' has no adapter '{profile.adapter}'. {has}", param="adapter")
+
+
+def check_alias_name(alias: Alias, names: Names, models: Collection[str]) -> None:
+    """As `check_profile_name`."""
     _check_name(alias.name, "name")
-    _check_name(alias.target, "target")
+    if alias.name in names.aliases:
+        raise Conflict(f"There is an alias '{alias.name}' already.", param="name", code="already_exists")
     if alias.name in models:
         raise Conflict(f"There is a model '{alias.name}': an alias needs another name.", param="name")
     if alias.name in names.profiles:
         raise Conflict(f"There is a profile '{alias.name}': an alias needs another name.", param="name")
-    if alias.target == alias.name or alias.target in names.aliases:
-        raise InvalidField(f"Invalid 'target': '{alias.target}' is an alias, and one does not stand for another.", param="target")
     if other := next(names.pointing_at(alias.name), None):
         raise Conflict(f"The alias '{other}' stands for '{alias.name}', and one does not stand for another.", param="name")
+
+
+def check_target(alias: Alias, names: Names, models: Collection[str]) -> None:
+    """That it stands for something that is no alias, and of a model that is here for something that it has. Raises `InvalidField`."""
+    _check_name(alias.target, "target")
+    if alias.target == alias.name or alias.target in names.aliases:
+        raise InvalidField(f"Invalid 'target': '{alias.target}' is an alias, and one does not stand for another.", param="target")
     model, _, suffix = alias.target.partition(":")
     if suffix and model in models and alias.target not in models and alias.target not in names.profiles:
         raise InvalidField(f"The model '{model}' has no profile and no adapter '{suffix}'.", param="target")

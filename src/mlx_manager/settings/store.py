@@ -12,7 +12,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 
 from mlx_manager.core.errors import Conflict, NotFound
 from mlx_manager.core.requests import Effort, Reasoning, Sampling
-from mlx_manager.settings.names import Alias, Names, check_alias, check_profile, check_unused
+from mlx_manager.settings.names import Alias, Names, check_adapter, check_alias_name, check_profile_name, check_target, check_unused
 from mlx_manager.settings.profiles import Profile
 from mlx_manager.storage.database import Database
 from mlx_manager.storage.record import Record
@@ -70,9 +70,8 @@ class Register:
     async def add_profile(self, profile: Profile, models: Collection[str]) -> Profile:
         """`models` are the ids of all that is on this machine. Raises `Conflict`, `InvalidField` and `NotSaved`."""
         async with self._change() as session:
-            if profile.id in self.names.profiles:
-                raise Conflict(f"There is a profile '{profile.id}' already.", param="name", code="already_exists")
-            check_profile(profile, self.names, models)
+            check_profile_name(profile, self.names, models)
+            check_adapter(profile, models)
             added = replace(profile, version=1)
             session.add(_profile_record(added))
         return added
@@ -82,7 +81,7 @@ class Register:
         `add_profile` does."""
         async with self._change() as session:
             _check_version(self.profile(profile.id).version, profile.version)
-            check_profile(profile, self.names, models)
+            check_adapter(profile, models)
             changed = replace(profile, version=profile.version + 1)
             await session.merge(_profile_record(changed))
         return changed
@@ -98,9 +97,8 @@ class Register:
     async def add_alias(self, alias: Alias, models: Collection[str]) -> Alias:
         """As `add_profile`."""
         async with self._change() as session:
-            if alias.name in self.names.aliases:
-                raise Conflict(f"There is an alias '{alias.name}' already.", param="name", code="already_exists")
-            check_alias(alias, self.names, models)
+            check_alias_name(alias, self.names, models)
+            check_target(alias, self.names, models)
             added = replace(alias, version=1)
             session.add(_alias_record(added))
         return added
@@ -109,7 +107,7 @@ class Register:
         """As `change_profile`."""
         async with self._change() as session:
             _check_version(self.alias(alias.name).version, alias.version)
-            check_alias(alias, self.names, models)
+            check_target(alias, self.names, models)
             changed = replace(alias, version=alias.version + 1)
             await session.merge(_alias_record(changed))
         return changed

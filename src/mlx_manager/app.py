@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from mlx_manager import telemetry
 from mlx_manager.api import anthropic, embeddings, failures, openai, prefix, responses, system, tokens, web
 from mlx_manager.api.dependencies import Services
+from mlx_manager.api.manage import probe, profiles
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
 from mlx_manager.config import Config
@@ -32,6 +33,8 @@ from mlx_manager.inference.loader import EngineLimits, import_libraries
 from mlx_manager.inference.pool import Pool
 from mlx_manager.protocols.responses.history import History
 from mlx_manager.protocols.seal import Seal
+from mlx_manager.settings.findings import Findings
+from mlx_manager.settings.store import Register
 from mlx_manager.storage.database import Database
 from mlx_manager.storage.key_file import read_or_make_key
 
@@ -55,13 +58,29 @@ def build_services(config: Config) -> Services:
     media = RemoteMedia(config.remote_media_hosts, allows_http=config.remote_media_http)
     documents = Documents()
     metrics = telemetry.Metrics(pool.engines)
+    database = Database(config.database_path)
+    register = Register(database)
     gateway = Gateway(
         LocalBackend(pool, media, documents),
         max_requests=config.max_concurrent_requests,
+        names=lambda: register.names,
         listeners=(metrics.record, telemetry.trace_exchange),
     )
     seal = Seal(lambda: read_or_make_key(config.reasoning_key_path))
-    return Services(config, device, pool, media, documents, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
+    return Services(
+        config=config,
+        device=device,
+        pool=pool,
+        media=media,
+        documents=documents,
+        gateway=gateway,
+        database=database,
+        register=register,
+        findings=Findings(database),
+        metrics=metrics,
+        seal=seal,
+        responses=History(time.monotonic),
+    )
 
 
 def _finder(config: Config) -> Callable[[], list[Checkpoint]]:
@@ -83,6 +102,8 @@ def _finder(config: Config) -> Callable[[], list[Checkpoint]]:
 async def running(services: Services) -> AsyncGenerator[Services]:
     """Starts what has to be started, and ends it in the opposite order."""
     await services.database.open()
+    await services.register.open()
+    await services.findings.open()
     await asyncio.to_thread(services.seal.prepare)
     services.device.start()
     importing = asyncio.create_task(asyncio.to_thread(import_libraries))  # ahead of the first request, which would wait for it
@@ -135,6 +156,8 @@ def application(services: Services) -> FastAPI:
     app.include_router(tokens.router)
     app.include_router(responses.router)
     app.include_router(prefix.router)
+    app.include_router(profiles.router)
+    app.include_router(probe.router)
     app.include_router(system.router)
     app.include_router(web.router)
     return app

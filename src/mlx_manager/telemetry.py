@@ -116,7 +116,8 @@ def trace_exchange(exchange: Exchange) -> None:
 
     attributes = {
         "gen_ai.operation.name": exchange.operation,
-        "gen_ai.request.model": exchange.model,
+        "gen_ai.request.model": exchange.asked,
+        "gen_ai.response.model": exchange.model,
         "gen_ai.usage.input_tokens": exchange.usage.prompt,
         "gen_ai.usage.output_tokens": exchange.usage.completion,
         "mlx_manager.backend": "" if exchange.backend is None else exchange.backend,

@@ -95,13 +95,15 @@ def asking(address: str, path: str, body: object = None) -> Iterator[http.client
 def test_help_names_every_command_without_importing_what_is_slow(home: dict[str, str]) -> None:
     done = command(home, "--help")
     assert done.returncode == 0
-    for name in ("serve", "run", "list", "show", "status", "doctor", "bench", "version"):
+    for name in ("serve", "run", "list", "show", "profiles", "alias", "probe", "status", "doctor", "bench", "version"):
         assert re.search(rf"\b{name}\b", done.stdout)
     slow = "import sys, mlx_manager.cli; print([m for m in ('pydantic', 'mlx', 'transformers', 'fastapi', 'httpx2') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["serve", "run", "chat", "list", "ls", "show", "info", "status", "doctor", "bench", "version"])
+@pytest.mark.parametrize(
+    "name", ["serve", "run", "chat", "list", "ls", "show", "info", "profiles", "alias", "probe", "status", "doctor", "bench", "version"]
+)
 def test_every_command_and_its_other_name_has_help(name: str) -> None:
     from typer.testing import CliRunner  # noqa: PLC0415 - the only test in this process
 
@@ -212,6 +214,19 @@ def test_status_without_a_server_says_so(home: dict[str, str]) -> None:
     assert command(home, "status", "--host", f"http://127.0.0.1:{free_port()}", "--json").stdout == ""
 
 
+@pytest.mark.parametrize("arguments", [["profiles"], ["profiles", "show", "a:b"], ["alias", "set", "a", "b"], ["probe", MODEL]])
+def test_what_needs_a_server_says_so(home: dict[str, str], arguments: list[str]) -> None:
+    done = command(home, *arguments)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "mlx-manager serve" in done.stderr
+
+
+def test_a_profile_needs_a_model_and_a_field_to_unset_must_exist(home: dict[str, str]) -> None:
+    assert command(home, "profiles", "set", "terse").returncode == 2
+    done = command(home, "profiles", "set", f"{MODEL}:terse", "--unset", "temprature")
+    assert (done.returncode, "temperature" in done.stderr) == (2, True)
+
+
 def test_the_doctor_looks_at_what_is_configured(home: dict[str, str]) -> None:
     done = command(home, "doctor", "--json")
     checks = {check["name"]: check for check in json.loads(done.stdout)}
@@ -278,6 +293,49 @@ def test_a_server_tells_how_it_is_and_lets_a_reply_finish_when_it_is_stopped(hom
         code, stderr = running.end()
     assert code == 0
     assert "Traceback" not in stderr
+
+
+def test_profiles_and_aliases_are_made_changed_shown_and_removed(home: dict[str, str]) -> None:
+    profile = f"{MODEL}:terse"
+    with serving(home) as running:
+        assert "profiles set" in command(home, "profiles").stdout
+        presets = ["--temperature", "0", "--no-enable-thinking", "--stop", "7", "--stop", "9", "--seed", "-3"]
+        made = command(home, "profiles", "set", profile, "--description", "Short.\nAnd greedy.", *presets)
+        assert made.stdout == f"{profile} says: temperature, seed, stop, enable_thinking.\n", made.stderr
+        refused = command(home, "profiles", "set", profile, "--temperature", "3")
+        assert (refused.returncode, "temperature" in refused.stderr) == (1, True)
+        changed = command(home, "profiles", "set", profile, "--unset", "stop", "--max-tokens", "9", "--json", "--host", running.address)
+        told = json.loads(changed.stdout)
+        assert (told["temperature"], told["seed"], told["stop"], told["max_tokens"], told["version"]) == (0, -3, None, 9, 2)
+        assert told == json.loads(command(home, "profiles", "show", profile, "--json").stdout)
+        assert "And greedy." in command(home, "profiles", "show", profile).stdout
+        listed = command(home, "profiles", "list").stdout
+        assert "Short." in listed
+        assert "max_tokens" in listed
+
+        assert "stands for" in command(home, "alias", "set", "gpt-4o", profile).stdout
+        assert "not on the server's machine yet" in command(home, "alias", "set", "gpt-4o", "someone/large").stdout
+        assert json.loads(command(home, "alias", "list", "--json").stdout)["aliases"][0]["target"] == "someone/large"
+        assert command(home, "alias", "show", "gpt-4o").stdout.startswith("gpt-4o stands for someone/large.")
+        assert command(home, "alias", "rm", "gpt-4o").returncode == command(home, "profiles", "rm", profile).returncode == 0
+        gone = command(home, "profiles", "rm", profile)
+        assert (gone.returncode, gone.stderr) == (1, f"There is no profile '{profile}'.\n")
+
+
+def test_what_a_probe_finds_is_shown_without_the_server_too(home: dict[str, str]) -> None:
+    assert "yes (guessed), <tool_call>" in command(home, "show", MODEL).stdout
+    with serving(home):
+        probed = command(home, "probe", MODEL)
+        assert probed.returncode == 0, probed.stderr
+        assert re.search(r"Tools +yes \(verified\) +it called get_weather", probed.stdout)
+        assert re.search(r"Vision +no \(failed\)", probed.stdout)
+        unknown = command(home, "probe", "nobody")
+        assert (unknown.returncode, "nobody" in unknown.stderr) == (1, True)
+    shown = json.loads(command(home, "show", MODEL, "--json").stdout)["abilities"]
+    assert (shown["tools"]["status"], shown["vision"]["status"], shown["options"][0]) == ("verified", "failed", "enable_thinking")
+    assert "no (failed)" in command(home, "show", MODEL).stdout
+    Path(home["MLX_MANAGER_DATA_DIR"], "mlx-manager.db").write_bytes(b"no database at all" * 1000)
+    assert "yes (guessed)" in command(home, "show", MODEL).stdout
 
 
 def test_a_server_is_measured_in_scenarios(home: dict[str, str], tmp_path: Path) -> None:

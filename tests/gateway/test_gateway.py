@@ -1,5 +1,6 @@
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,8 @@ from mlx_manager.core.events import Event, Finished, TextDelta, Usage, collect
 from mlx_manager.core.exchange import Exchange, Outcome
 from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RawPrompt, RerankRequest
 from mlx_manager.gateway.gateway import Gateway
+from mlx_manager.settings.names import Alias, Names
+from mlx_manager.settings.profiles import Profile
 from tests.gateway.scripted import HELLO, STARTED, WAIT, Scripted, Step
 
 REQUEST = GenerationRequest("tiny", (RawPrompt("Hello"),))
@@ -39,6 +42,26 @@ async def test_the_events_pass_through_and_the_request_is_told_of_once() -> None
     assert exchange.usage == Usage(prompt=3, completion=1)
     assert exchange.duration_s >= 0
     assert gate.num_in_flight == backend.num_open == 0
+
+
+@pytest.mark.requirement("B5")
+async def test_a_name_is_resolved_once_and_told_with_what_it_stands_for() -> None:
+    backend, told = Scripted(*HELLO, WAIT), list[Exchange]()
+    names = Names({"tiny:p": Profile("tiny", "p", max_tokens=7)}, {"gpt": Alias("gpt", "tiny:p")})
+    gate = Gateway(backend, max_requests=4, names=lambda: names, listeners=(told.append,))
+    async with aclosing(gate.stream(replace(REQUEST, model="gpt"))) as events:
+        await anext(events)
+        names = Names()  # a change while it runs
+        async for event in events:
+            if isinstance(event, Finished):
+                break
+    assert backend.requests == [replace(REQUEST, max_tokens=7)]
+    backend.script = HELLO
+    assert [event async for event in gate.stream(replace(REQUEST, model="gpt"))] == list(HELLO)
+    names = Names({}, {"gpt": Alias("gpt", "other")})
+    for request in (EMBEDDING, RERANK):
+        await measure(gate, replace(request, model="gpt"))
+    assert [(exchange.asked, exchange.model) for exchange in told] == [("gpt", "tiny"), ("gpt", "gpt"), ("gpt", "other"), ("gpt", "other")]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mlx_manager.core.errors import ModelLoadFailed, ModelNotFound
 from mlx_manager.core.events import Finished, TextDelta
 from mlx_manager.core.messages import Message
 from mlx_manager.core.requests import Conversation, GenerationRequest, Reasoning, Sampling
+from mlx_manager.gateway.documents import Documents
 from mlx_manager.gateway.local import LocalBackend
 from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.hub.adapters import read_adapter
@@ -222,7 +223,7 @@ class Adapted:
         prompt = Conversation((Message("user", text),), reasoning=Reasoning(enabled=False))
         request = GenerationRequest(id, (prompt,), Sampling(temperature=0.0), max_tokens=60)
         said, cached = "", -1
-        async for event in LocalBackend(self.pool, RemoteMedia(())).stream(request):
+        async for event in LocalBackend(self.pool, RemoteMedia(()), Documents()).stream(request):
             match event:
                 case TextDelta(text=text):
                     said += text

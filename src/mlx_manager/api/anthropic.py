@@ -34,7 +34,9 @@ async def count_tokens(request: Request, services: ServicesDep) -> Response:
     """How many tokens the prompt of a message has. No weights are loaded for it."""
     wanted = read_count_tokens(await request.body(), services.seal)
     try:
-        num_tokens = (await prepare(services.pool, services.media, services.documents, wanted.request)).prompt_tokens
+        num_tokens = (
+            await prepare(services.pool, services.media, services.documents, services.gateway.served(wanted.request))
+        ).prompt_tokens
     except ContextTooLong as error:  # to learn this is what a client counts for
         num_tokens = error.tokens
     return json_reply({"input_tokens": num_tokens}, headers_of(wanted))

@@ -1,6 +1,6 @@
 """What the routes are handed: built once in `app.py`, found on the application."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
@@ -13,12 +13,16 @@ from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.pool import Pool
 from mlx_manager.protocols.responses.history import History
 from mlx_manager.protocols.seal import Seal
+from mlx_manager.settings.findings import Findings
+from mlx_manager.settings.store import Register
 from mlx_manager.storage.database import Database
 from mlx_manager.telemetry import Metrics
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
+    """`probing` are the models that are being probed now."""
+
     config: Config
     device: Device
     pool: Pool
@@ -26,9 +30,12 @@ class Services:
     documents: Documents
     gateway: Gateway
     database: Database
+    register: Register
+    findings: Findings
     metrics: Metrics
     seal: Seal
     responses: History
+    probing: set[str] = field(default_factory=set[str])
 
 
 def _services(request: Request) -> Services:

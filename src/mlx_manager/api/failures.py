@@ -9,6 +9,7 @@ from starlette.responses import Response
 from mlx_manager.api.errors import ErrorResponse
 from mlx_manager.api.sse import ClientGone
 from mlx_manager.core.errors import (
+    Conflict,
     ContextTooLong,
     EngineFault,
     InvalidField,
@@ -16,6 +17,7 @@ from mlx_manager.core.errors import (
     ModelLoadFailed,
     ModelNotFound,
     NotFound,
+    NotSaved,
     Overloaded,
     TimedOut,
 )
@@ -32,6 +34,8 @@ def failure(error: Exception, path: str) -> Failure:
             return Failure(400, "invalid_request_error", "context_length_exceeded", message, param, retry=False)
         case InvalidField():
             return Failure(400, "invalid_request_error", error.code, error.message, error.param, retry=False)
+        case Conflict():
+            return Failure(409, "invalid_request_error", error.code, error.message, error.param, retry=False)
         case ModelNotFound():
             return Failure(404, "invalid_request_error", "model_not_found", error.message, retry=False)
         case NotFound():
@@ -40,6 +44,8 @@ def failure(error: Exception, path: str) -> Failure:
             return Failure(503, "server_error", "queue_full", error.message, retry_after_s=error.retry_after_s)
         case ModelLoadFailed():
             return Failure(503, "server_error", "model_load_failed", error.message, retry=False)
+        case NotSaved():
+            return Failure(507 if error.is_full else 503, "server_error", "not_saved", error.message)
         case TimedOut():
             return Failure(504, "server_error", "timeout", error.message)
         case EngineFault():

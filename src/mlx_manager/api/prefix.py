@@ -31,9 +31,10 @@ async def explain(request: Request, services: ServicesDep) -> PrefixExplanation:
     """Takes the body of a chat or a completion request and computes nothing of it. Of several prompts the first is explained."""
     body = await request.body()
     wanted = read_chat(body) if "messages" in read_json_object(body) else read_completion(body)
-    prepared = await prepare(services.pool, services.media, services.documents, wanted.request)
-    dialect = await services.pool.dialect(wanted.request.model)
-    async with services.pool.lend(wanted.request.model) as model:
+    served = services.gateway.served(wanted.request)
+    prepared = await prepare(services.pool, services.media, services.documents, served)
+    dialect = await services.pool.dialect(served.model)
+    async with services.pool.lend(served.model) as model:
         found = await model.engine.explain(prepared.specs[0])
     return PrefixExplanation(
         prompt_tokens=found.num_tokens,

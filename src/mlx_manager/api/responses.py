@@ -76,7 +76,7 @@ async def input_tokens(request: Request, services: ServicesDep) -> Response:
     """How many tokens an input has. Loads no weights."""
     wanted = read_responses(await request.body(), _Past(services.responses, client_of(request)), services.seal)
     try:
-        prepared = await prepare(services.pool, services.media, services.documents, wanted.request)
+        prepared = await prepare(services.pool, services.media, services.documents, services.gateway.served(wanted.request))
     except ContextTooLong as error:
         return _counted(error.tokens, headers_of(wanted))
     return _counted(prepared.prompt_tokens, headers_of(wanted, prepared.unused))

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
+from mlx_manager.api.abilities import AbilitiesView, abilities_of
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.inference.engine.engine import CacheState
 from mlx_manager.inference.pool import ModelStatus, State
@@ -56,9 +57,10 @@ class ModelState(BaseModel):
     num_running: int
     num_waiting: int
     kv_cache: KVCache | None
+    abilities: AbilitiesView | None = None
 
     @classmethod
-    def of(cls, status: ModelStatus) -> "ModelState":
+    def of(cls, status: ModelStatus, abilities: AbilitiesView | None) -> "ModelState":
         c = status.checkpoint
         return cls(
             id=c.id,
@@ -74,6 +76,7 @@ class ModelState(BaseModel):
             num_running=status.num_running,
             num_waiting=status.num_waiting,
             kv_cache=KVCache.of(status.cache) if status.cache else None,
+            abilities=abilities,
         )
 
 
@@ -115,9 +118,11 @@ async def metrics(services: ServicesDep) -> Response:
 async def status(services: ServicesDep) -> ServerStatus:
     """What is running: every model with its state, and the requests under way."""
     await services.pool.refresh()
+    statuses = services.pool.statuses()
+    abilities = await abilities_of(services, [s.checkpoint for s in statuses])
     return ServerStatus(
         version=version("mlx-manager"),
         draining=services.gateway.is_draining,
         num_in_flight=services.gateway.num_in_flight,
-        models=[ModelState.of(s) for s in services.pool.statuses()],
+        models=[ModelState.of(s, abilities.get(s.checkpoint.id)) for s in statuses],
     )

@@ -1,6 +1,7 @@
 """`/v1` for the tokens themselves: what a model makes of a prompt, and back. No weights are needed."""
 
 import asyncio
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -8,7 +9,7 @@ from starlette.responses import Response
 from mlx_manager.api.answer import documented_body, json_reply
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.core.errors import InvalidField
-from mlx_manager.core.requests import Conversation, RawPrompt
+from mlx_manager.core.requests import Conversation, GenerationRequest, RawPrompt
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.families.prompt import PromptRenderer
 from mlx_manager.inference.text_reader import TextReader
@@ -29,17 +30,19 @@ router = APIRouter(tags=["Tokens"])
 async def tokenize(request: Request, services: ServicesDep) -> Response:
     """A prompt as tokens, however many."""
     wanted = read_tokenize(await request.body())
-    reader = await services.pool.reader(wanted.model)
-    tokens = await asyncio.to_thread(_tokens, reader, wanted)
+    served = services.gateway.served(GenerationRequest(wanted.model, (wanted.prompt,)))
+    reader = await services.pool.reader(served.model)
+    tokens = await asyncio.to_thread(_tokens, reader, replace(wanted, prompt=served.prompts[0]))
+    limit = reader.context_length if served.context_limit is None else min(served.context_limit, reader.context_length)
     strs = [reader.tokenizer.convert_ids_to_tokens(token) for token in tokens] if wanted.token_strs else None
-    return json_reply(write_tokens(tokens, reader.context_length, strs), _headers(wanted.ignored))
+    return json_reply(write_tokens(tokens, limit, strs), _headers(wanted.ignored))
 
 
 @router.post("/v1/detokenize", openapi_extra=documented_body(DetokenizeSchema))
 async def detokenize(request: Request, services: ServicesDep) -> Response:
     """Tokens as text."""
     wanted = read_detokenize(await request.body())
-    reader = await services.pool.reader(wanted.model)
+    reader = await services.pool.reader(services.register.names.resolve(wanted.model).model)
     for i, token in enumerate(wanted.tokens):
         if token >= reader.vocab_size:
             raise InvalidField(f"Invalid 'tokens[{i}]': token ids must be from 0 to {reader.vocab_size - 1}.", param=f"tokens[{i}]")

@@ -14,6 +14,8 @@ from mlx_manager.cli.bench import bench
 from mlx_manager.cli.chat import run
 from mlx_manager.cli.examine import doctor
 from mlx_manager.cli.models import list_models, show
+from mlx_manager.cli.presets import alias, profiles
+from mlx_manager.cli.probe import probe
 from mlx_manager.cli.serve import serve
 from mlx_manager.cli.status import status
 
@@ -51,6 +53,9 @@ app.command("list")(list_models)
 app.command("ls", hidden=True, help="Same as list.")(list_models)
 app.command("show")(show)
 app.command("info", hidden=True, help="Same as show.")(show)
+app.add_typer(profiles, name="profiles")
+app.add_typer(alias, name="alias")
+app.command("probe")(probe)
 app.command("status")(status)
 app.command("doctor")(doctor)
 app.command("bench")(bench)

@@ -1,16 +1,20 @@
 """`list` and `show`: what lies on this machine. No server is asked, and nothing is loaded."""
 
+import asyncio
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_manager.cli.configuration import AdaptersDir, AsJson, ModelsDir, catalogue, configured
-from mlx_manager.cli.terminal import count, fail, print_json, print_table, say, size, tokens, warn
+from mlx_manager.cli.terminal import ability, count, fail, label, print_json, print_table, say, size, tokens, warn
+from mlx_manager.core.capabilities import CAPABILITIES
 
 if TYPE_CHECKING:
+    from mlx_manager.config import Config
     from mlx_manager.hub.checkpoint import Checkpoint
+    from mlx_manager.settings.findings import Found
 
 
 def list_models(models_dir: ModelsDir = None, adapters_dir: AdaptersDir = None, as_json: AsJson = False) -> None:
@@ -41,7 +45,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show everything that is known about a model."""
-    found = catalogue(configured(models_dir=models_dir, adapters_dir=adapters_dir))
+    config = configured(models_dir=models_dir, adapters_dir=adapters_dir)
+    found = catalogue(config)
     checkpoint = found.get(model)
     if checkpoint is None:
         broken = next((u for u in found.unusable if u.id == model), None)
@@ -49,10 +54,55 @@ def show(
             fail(f"{model} cannot be used: {broken.reason} ({broken.path})")
         names = ", ".join(m.id for m in found.models)
         fail(f"There is no model '{model}' here. " + (f"There is: {names}." if names else "There are no models yet."))
+    told = _abilities(config, checkpoint)
     if as_json:
-        print_json(asdict(checkpoint))
+        print_json(asdict(checkpoint) | {"abilities": told})
         return
-    print_table(list(_facts(checkpoint).items()))
+    print_table(list((_facts(checkpoint) | _can(told)).items()))
+
+
+def _abilities(config: "Config", model: "Checkpoint") -> dict[str, Any] | None:
+    """As the server tells them, of a model that writes."""
+    # Of what takes long to import none is for `--help`.
+    from mlx_manager.inference.abilities import abilities  # noqa: PLC0415
+    from mlx_manager.protocols.openai.schema import OPTION_FIELDS  # noqa: PLC0415
+
+    if model.kind not in ("text", "vision"):
+        return None
+    told = abilities(model, _found(config, model.id))
+    return asdict(told) | {"options": [OPTION_FIELDS[option] for option in told.options]}
+
+
+def _found(config: "Config", model: str) -> "Found":
+    """What the server has found, as far as its database can be read: nothing is made or brought up to date for that."""
+    if not config.database_path.exists():
+        return {}
+    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
+
+    from mlx_manager.settings.findings import Findings  # noqa: PLC0415
+    from mlx_manager.storage.database import Database  # noqa: PLC0415
+
+    async def read() -> "Found":
+        database = Database(config.database_path)
+        findings = Findings(database)
+        try:
+            await findings.open()
+        except DBAPIError:  # it is of an older version, or damaged: `serve` tells of that
+            return {}
+        finally:
+            await database.close()
+        return findings.of(model)
+
+    return asyncio.run(read())
+
+
+def _can(told: dict[str, Any] | None) -> dict[str, str]:
+    if told is None:
+        return {}
+    can = {label(name): ability(told[name]) for name in CAPABILITIES}
+    if told["tool_format"] is not None:
+        can[label("tools")] += f", {told['tool_format'] or 'bare JSON'}"
+    return can | {"Options": ", ".join(told["options"]) or "none"}
 
 
 def _facts(model: "Checkpoint") -> dict[str, str]:

@@ -1,26 +1,21 @@
 """`status`: what a running server is doing."""
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from mlx_manager.cli.configuration import AsJson, address, configured
+from mlx_manager.cli.configuration import AsJson, Host, server
 from mlx_manager.cli.terminal import FAILED, NO_SERVER, fail, print_json, print_table, say, size, tokens
 
 
 def status(
-    host: Annotated[
-        str | None, typer.Option("--host", metavar="URL", help="Where the server is. [default: http://127.0.0.1:10242]")
-    ] = None,
+    host: Host = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a running server is doing; its key, if it has one, is taken from MLX_MANAGER_API_KEY."""
     from mlx_manager.cli.remote import NoAnswer, Refused, read_status  # noqa: PLC0415 - an HTTP client is not for `--help`
 
-    config = configured()
-    url = address(config.host, config.port) if host is None else host if "://" in host else f"http://{host}"
+    here = server(host)
     try:
-        told = read_status(url, config.api_key.get_secret_value() if config.api_key else None)
+        told = read_status(here.url, here.key)
     except NoAnswer as error:
         fail(str(error), NO_SERVER)
     except Refused as error:
@@ -30,7 +25,7 @@ def status(
         return
     num = told["num_in_flight"]
     say(
-        f"MLX Manager {told['version']} at {url}: {'shutting down, ' if told['draining'] else ''}"
+        f"MLX Manager {told['version']} at {here.url}: {'shutting down, ' if told['draining'] else ''}"
         f"{num} request{'' if num == 1 else 's'} under way"
     )
     if told["models"]:

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import typer
@@ -79,6 +79,16 @@ def print_table(rows: Iterable[Sequence[str | Text]], *, columns: Sequence[str] 
     for row in rows:
         grid.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
     screen().print(grid)
+
+
+def label(field: str) -> str:
+    """`max_tokens` as a person reads it."""
+    return field.replace("_", " ").capitalize()
+
+
+def ability(told: Mapping[str, Any]) -> str:
+    """Whether a model can do something, and how that is known."""
+    return f"{'yes' if told['supported'] else 'no'} ({told['status']})"
 
 
 def size(num_bytes: int) -> str:

@@ -5,12 +5,14 @@ MLXManagerError
 │   ├── InvalidField          a value is wrong, or a field cannot be honoured
 │   ├── ContextTooLong        the prompt leaves no room for one token
 │   │   └── PromptTooLarge    the prompt's keys and values do not fit this machine's share for the model
+│   ├── Conflict              what is there already stands against it
 │   ├── ModelNotFound         nothing here answers to that name
 │   └── NotFound              what the request names is not, or no longer, kept here
 ├── BackendError              another backend can, or the same one later
 │   ├── Overloaded            too many wait already, or the server is draining
 │   ├── ModelLoadFailed       the model is there and would not load
-│   └── TimedOut              it took longer than it may
+│   ├── TimedOut              it took longer than it may
+│   └── NotSaved              the database could not take a change, and is as it was
 └── EngineFault               we have to: the engine failed while it served this request
 """
 
@@ -80,6 +82,15 @@ class NotFound(RequestError):
         self.param = param
 
 
+class Conflict(RequestError):
+    """`param` is the field that clashes."""
+
+    def __init__(self, message: str, *, param: str | None, code: str = "conflict") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
 class BackendError(MLXManagerError):
     pass
 
@@ -96,6 +107,12 @@ class ModelLoadFailed(BackendError):
 
 class TimedOut(BackendError):
     pass
+
+
+class NotSaved(BackendError):
+    def __init__(self, why: str, *, is_full: bool) -> None:
+        super().__init__(f"The change could not be saved ({why}). Nothing was changed.")
+        self.is_full = is_full
 
 
 class EngineFault(MLXManagerError):

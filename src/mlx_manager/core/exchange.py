@@ -12,8 +12,10 @@ Outcome = Literal["ok", "client_error", "server_error", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """`backend` is None when nobody got to answer. `duration_s` runs from the gateway's first look to the last event."""
+    """`asked` is the name in the request, `model` what it stands for. `backend` is None when nobody got to answer. `duration_s` runs from
+    the gateway's first look to the last event."""
 
+    asked: str
     model: str
     backend: str | None
     outcome: Outcome

@@ -1,7 +1,7 @@
 """What a client asks for, whatever wire it came over.
 
-`None` means that the client did not say; zero, false and the empty string are answers. Absent values are resolved in one
-place, where the model's own defaults are known (`inference.local_model`).
+`None` means that the client did not say; zero, false and the empty string are answers. Absent values are a profile's, if the client
+asked by one (`settings.profiles`), and else resolved in one place, where the model's own defaults are known (`inference.dialect`).
 """
 
 from collections.abc import Mapping
@@ -84,13 +84,15 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A prompt that a chat template renders. With `continues` the reply goes on with the last message, which is the assistant's."""
+    """A prompt that a chat template renders. With `continues` the reply goes on with the last message, which is the assistant's.
+    `without_system`: that there is no system message was said, and is not for others to fill in."""
 
     messages: tuple[Message, ...]
     tools: tuple[ToolSpec, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
     reasoning: Reasoning = Reasoning()
     continues: bool = False
+    without_system: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +148,24 @@ class GenerationRequest:
     `max_tokens` 0 computes the prompts and replies nothing. `output` is the form that the answer (not the reasoning) must have, and
     `output_field` the field that asked for it.
     `num_top_logprobs` None: no log probabilities; 0: those of the chosen tokens; k: the k likeliest as well.
-    The server says, not the client: `priority`, the `client` who shares fairly with others, and `timeout_s` for the whole reply.
+    `stop` None: nothing was said; (): nothing is to stop it. `default_max_tokens` is what the endpoint documents for a request that says
+    nothing of `max_tokens`.
+    The server says, not the client: `context_limit` (tokens of prompt and reply together, if less than the model takes), `priority`, the
+    `client` who shares fairly with others, and `timeout_s` for the whole reply.
     """
 
     model: str
     prompts: tuple[Prompt, ...]
     sampling: Sampling = Sampling()
     max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
+    default_max_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
     num_replies: int = 1
     num_top_logprobs: int | None = None
     output: OutputFormat | None = None
     output_field: str = field(default="response_format", compare=False)
     parallel_tool_calls: bool = True
+    context_limit: int | None = None
     priority: Priority = "normal"
     client: str = ""
     timeout_s: float | None = None

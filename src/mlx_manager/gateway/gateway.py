@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlx_manager.core.errors import EngineFault, Overloaded, RequestError
 from mlx_manager.core.events import Event, Finished, Started, Timing, Usage
@@ -12,6 +12,7 @@ from mlx_manager.core.exchange import Exchange, ExchangeListener, Operation, Out
 from mlx_manager.core.requests import EmbeddingRequest, GenerationRequest, RerankRequest
 from mlx_manager.core.vectors import Embeddings, Ranking
 from mlx_manager.gateway.backend import Backend
+from mlx_manager.settings.names import Names
 
 
 @dataclass(slots=True)
@@ -31,8 +32,17 @@ class _Account:
 class Gateway:
     """At most `max_requests` at a time; each listener hears of every request once, at its end."""
 
-    def __init__(self, backend: Backend, *, max_requests: int, listeners: Sequence[ExchangeListener] = ()) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        max_requests: int,
+        names: Callable[[], Names] = Names,
+        listeners: Sequence[ExchangeListener] = (),
+    ) -> None:
+        """`names` gives those of the moment; without it there are only models."""
         self._backend = backend
+        self._names = names
         self._max_requests = max_requests
         self._listeners = tuple(listeners)
         self._idle = asyncio.Event()
@@ -40,9 +50,15 @@ class Gateway:
         self._draining = False
         self.num_in_flight = 0
 
+    def served(self, request: GenerationRequest) -> GenerationRequest:
+        """The request as a backend gets it: under the name of a model, with what the profile that was asked for says. For whoever wants to
+        know something of a request without making it."""
+        return self._names().served(request)
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         """The events of the reply. Raises `core.errors`; closing the iterator early cancels the request."""
-        with self._told(request.model, "generate") as account, self._place():
+        asked, request = request.model, self.served(request)
+        with self._told(asked, request.model, "generate") as account, self._place():
             async with aclosing(self._backend.stream(request)) as events:
                 async for event in events:
                     account.backend = self._backend.name
@@ -56,20 +72,22 @@ class Gateway:
 
     async def embed(self, request: EmbeddingRequest) -> Embeddings:
         """Raises `core.errors`; cancelling it cancels the request."""
-        with self._told(request.model, "embeddings") as account, self._place():
+        asked, request = request.model, replace(request, model=self._names().resolve(request.model).model)
+        with self._told(asked, request.model, "embeddings") as account, self._place():
             made = await self._backend.embed(request)
             account.ended(self._backend.name, Usage(prompt=made.prompt_tokens))
             return made
 
     async def rerank(self, request: RerankRequest) -> Ranking:
         """As `embed`."""
-        with self._told(request.model, "rerank") as account, self._place():
+        asked, request = request.model, replace(request, model=self._names().resolve(request.model).model)
+        with self._told(asked, request.model, "rerank") as account, self._place():
             ranking = await self._backend.rerank(request)
             account.ended(self._backend.name, Usage(prompt=ranking.prompt_tokens))
             return ranking
 
     @contextmanager
-    def _told(self, model: str, operation: Operation) -> Generator["_Account"]:
+    def _told(self, asked: str, model: str, operation: Operation) -> Generator["_Account"]:
         """Tells each listener, at the end, what became of a request."""
         began = time.monotonic()
         account = _Account()
@@ -83,6 +101,7 @@ class Gateway:
             raise
         finally:
             exchange = Exchange(
+                asked=asked,
                 model=model,
                 backend=account.backend,
                 outcome=account.outcome,

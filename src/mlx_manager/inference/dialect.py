@@ -58,13 +58,15 @@ class Dialect:
         rendered: list[Rendered] = []
         room: list[int] = []
         prompt_tokens = 0
+        limit = self.context_length if request.context_limit is None else min(request.context_limit, self.context_length)
+        max_tokens = request.default_max_tokens if request.max_tokens is None else request.max_tokens
         for prompt in request.prompts:
             result = renderer.render(prompt)
             self._check_tokens(result)
             prompt_tokens += len(result.tokens)
-            left = self.context_length - len(result.tokens)
+            left = limit - len(result.tokens)
             if left < 1:
-                raise ContextTooLong(limit=self.context_length, tokens=len(result.tokens))
+                raise ContextTooLong(limit=limit, tokens=len(result.tokens))
             guide = self.guides.guide(request, prompt, result.tokens, result.opened)
             for reply in range(request.num_replies):
                 rendered.append(result)
@@ -72,7 +74,7 @@ class Dialect:
                 specs.append(
                     SequenceSpec(
                         prompt=result.tokens,
-                        max_tokens=left if request.max_tokens is None else min(request.max_tokens, left),
+                        max_tokens=left if max_tokens is None else min(max_tokens, left),
                         sampling=self._resolve(request.sampling, reply),
                         stop_tokens=self.stop_tokens,
                         num_top_logprobs=request.num_top_logprobs,
@@ -88,13 +90,7 @@ class Dialect:
     def _unused(self, request: GenerationRequest) -> tuple[ReasoningOption, ...]:
         """What was said of reasoning and changes nothing."""
         given = {option for prompt in request.prompts if isinstance(prompt, Conversation) for option in prompt.reasoning.given}
-        family = self.family
-        useful: dict[ReasoningOption, bool] = {
-            "enabled": family.thinking_option is not None or family.thinks,
-            "effort": family.thinks or family.thinking_option is not None or family.effort_option is not None,
-            "budget": family.thinks,
-        }
-        return tuple(option for option in REASONING_OPTIONS if option in given and not useful[option])
+        return tuple(option for option in REASONING_OPTIONS if option in given and option not in self.family.reasoning_options)
 
     def reader(self, prepared: Prepared, choice: int) -> ReplyReader:
         """What turns the tokens of a choice into events."""
@@ -105,7 +101,7 @@ class Dialect:
             family=self.family,
             decode=self.decode,
             describe=self._describe,
-            stop=request.stop,
+            stop=() if request.stop is None else request.stop,
             tools=callable_tools(prompt),
             opened=prepared.rendered[choice].opened,
             splits=isinstance(prompt, Conversation),

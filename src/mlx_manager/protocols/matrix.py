@@ -21,7 +21,8 @@ Nothing is ignored in silence. Every field has one of three classes:
 - **refused**: the reply is a 400 whose `param` names it.
 
 A field that is not listed here is accepted, has no effect, and is named in `x-ignored-fields`. An explicit `null` is the same as
-an absent field; `0`, `""`, `false` and `[]` are values.
+an absent field; `0`, `""`, `false` and `[]` are values. Where a request asks for a profile, what is absent is
+that profile's ([profiles.md](profiles.md)).
 
 This page is made from the tables in `src/mlx_manager/protocols`.
 """

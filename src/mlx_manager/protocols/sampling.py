@@ -1,5 +1,6 @@
 """How the next token is chosen: the fields that every protocol has, or takes as an extension."""
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -40,6 +41,11 @@ def sampling(wire: SamplingFields) -> Sampling:
         seed=wire.seed,
         logit_bias=MappingProxyType({int(token): b for token, b in (bias or {}).items()}),
     )
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """None was not said."""
+    return None if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def sampling_fields(wanted: Sampling) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import logging
 import os
 import sqlite3
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +20,12 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, event, inspect
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession
+
+from mlx_manager.core.errors import NotSaved
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 VERSION_TABLE = "alembic_version"
@@ -76,6 +80,17 @@ class Database:
     def session(self) -> AsyncSession:
         """For `async with`. What was not committed at its end is rolled back; what was survives a kill and a loss of power."""
         return self._sessions()
+
+    @asynccontextmanager
+    async def change(self) -> AsyncGenerator[AsyncSession]:
+        """A session that is committed at the end of the block, all of it or nothing. Raises `NotSaved` where the file cannot be written."""
+        try:
+            async with self.session() as session:
+                yield session
+                await session.commit()
+        except OperationalError as error:
+            is_full = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            raise NotSaved(str(error.orig), is_full=is_full) from error
 
     def _set_pragmas(self, connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
         cursor = connection.cursor()

@@ -399,7 +399,7 @@ class Reference:
         num_tokens = queries.shape[2]
         queries, keys, values = (array[:, :, : stop - start] for array in (queries, keys, values))
         result = _attend_gathered(self, queries, keys, values, pool, table, start, stop, scale, window, sinks)
-        return mx.pad(result, ((0, 0), (0, 0), (0, num_tokens - (stop - start)), (0, 0)))
+        return mx.pad(result, [(0, 0), (0, 0), (0, num_tokens - (stop - start)), (0, 0)])
 
     def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
         return _pages(pool.keys, table)[:, :, :length], _pages(pool.values, table)[:, :, :length]
@@ -564,7 +564,7 @@ def _exercise(
         num_tokens = stop - start
         room = 128 if attention.takes_padding(pool) else num_tokens
         parts = (some(1, heads, num_tokens, head_dim) for heads in (query_heads, kv_heads, kv_heads))
-        queries, keys, values = (mx.pad(part, ((0, 0), (0, 0), (0, room - num_tokens), (0, 0))) for part in parts)
+        queries, keys, values = (mx.pad(part, [(0, 0), (0, 0), (0, room - num_tokens), (0, 0)]) for part in parts)
         one = mx.array([table], mx.int32)
         seen = attention.attend_chunk(queries, keys, values, pool, one, start, stop, scale=head_dim**-0.5, window=window, sinks=sinks)
         yield f"attention of a chunk from {start}", seen[:, :, :num_tokens]

@@ -282,7 +282,7 @@ class PagedCache:
         states = self._states.of(sequence)
         inputs = prompt_inputs(self._model, sequence, start, stop)
         if self._pads_chunks and not sequence.spec.pictures:
-            inputs = mx.pad(inputs, ((0, 0), (0, padded_tokens(stop - start) - (stop - start))))
+            inputs = mx.pad(inputs, [(0, 0), (0, padded_tokens(stop - start) - (stop - start))])
         self._run(inputs, chunk, ChunkLayer, states)
         made = self._epochs() + _arrays(states)
         return QueuedPass(made, self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from mlx_manager.core.requests import ToolSpec
+from mlx_manager.core.requests import REASONING_OPTIONS, ReasoningOption, ToolSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +131,13 @@ class Family:
     effort_option: str | None = None
     reasoning_blocks: bool = False
     short_call_ids: bool = False
+
+    @property
+    def reasoning_options(self) -> tuple[ReasoningOption, ...]:
+        """What of all that can be said of reasoning has an effect."""
+        useful: dict[ReasoningOption, bool] = {
+            "enabled": self.thinking_option is not None or self.thinks,
+            "effort": self.thinks or self.thinking_option is not None or self.effort_option is not None,
+            "budget": self.thinks,
+        }
+        return tuple(option for option in REASONING_OPTIONS if useful[option])

@@ -24,7 +24,7 @@ def write_messages(request: GenerationRequest) -> Json:
         "model": request.model,
         "messages": [_turn(message) for message in conversation.messages],
         "max_tokens": _MAX_TOKENS if request.max_tokens is None else request.max_tokens,
-        "stop_sequences": list(request.stop) or None,
+        "stop_sequences": None if request.stop is None else list(request.stop),
         "tools": [_tool(tool) for tool in conversation.tools] or None,
         "tool_choice": _tool_choice(conversation.tool_choice, parallel=request.parallel_tool_calls) if conversation.tools else None,
         "thinking": _thinking(conversation.reasoning),

@@ -50,7 +50,7 @@ def read_messages(body: bytes, seal: Seal) -> AnthropicWanted:
         wanted.request,
         sampling=sampling(wire),
         max_tokens=wire.max_tokens,
-        stop=tuple(wire.stop_sequences or ()),
+        stop=None if wire.stop_sequences is None else tuple(wire.stop_sequences),
     )
     return replace(wanted, request=request, stream=wire.stream is True)
 
@@ -79,6 +79,7 @@ def _wanted(wire: schema.CountRequest, ignored: tuple[str, ...], seal: Seal) -> 
         tool_choice=_tool_choice(wire.tool_choice, [t.name for t in tools], dropped),
         reasoning=_reasoning(wire),
         continues=continues,
+        without_system=wire.system == [],
     )
     form = wire.output_config.format if wire.output_config is not None else None
     if form is not None:
@@ -95,7 +96,7 @@ def _wanted(wire: schema.CountRequest, ignored: tuple[str, ...], seal: Seal) -> 
         request=request,
         stream=False,
         ignored=tuple(dict.fromkeys(without_effect)),
-        reasoning_fields=_REASONING_FIELDS,
+        reasoning_fields=_reasoning_fields(wire),
         omits_thinking=wire.thinking is not None and wire.thinking.display == "omitted",
     )
 
@@ -446,6 +447,7 @@ def _reasoning(wire: schema.CountRequest) -> Reasoning:
     )
 
 
-_REASONING_FIELDS: Mapping[ReasoningOption, tuple[str, ...]] = MappingProxyType(
-    {"enabled": ("thinking",), "effort": ("output_config.effort",), "budget": ("thinking.budget_tokens",)}
-)
+def _reasoning_fields(wire: schema.CountRequest) -> Mapping[ReasoningOption, tuple[str, ...]]:
+    """The fields that said something of reasoning."""
+    names: Mapping[ReasoningOption, str] = {"enabled": "thinking", "effort": "output_config.effort", "budget": "thinking.budget_tokens"}
+    return MappingProxyType({option: (names[option],) for option in _reasoning(wire).given})

@@ -30,7 +30,7 @@ def write_chat(request: GenerationRequest) -> Json:
         "model": request.model,
         "messages": [_message(message) for message in conversation.messages],
         "max_completion_tokens": request.max_tokens,
-        "stop": list(request.stop) or None,
+        "stop": None if request.stop is None else list(request.stop),
         "n": request.num_replies if request.num_replies != 1 else None,
         "logprobs": True if request.num_top_logprobs is not None else None,
         "top_logprobs": request.num_top_logprobs or None,

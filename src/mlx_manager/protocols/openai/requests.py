@@ -31,7 +31,7 @@ from mlx_manager.protocols.fields import Rule, invalid_field, quoted, without_nu
 from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import check_pictures, file_parts, image_from_url, video_from_url
 from mlx_manager.protocols.openai import schema
-from mlx_manager.protocols.sampling import sampling
+from mlx_manager.protocols.sampling import sampling, stop_strings
 from mlx_manager.protocols.wire import Wanted
 
 S = TypeVar("S", bound=schema.Generation)
@@ -65,7 +65,7 @@ def read_chat(body: bytes) -> OpenAIWanted:
         prompts=(conversation_of(wire),),
         sampling=sampling(wire),
         max_tokens=next(iter(limits), None),
-        stop=_stop(wire),
+        stop=stop_strings(wire.stop),
         num_replies=1 if wire.n is None else wire.n,
         num_top_logprobs=(wire.top_logprobs or 0) if wire.logprobs else None,
         parallel_tool_calls=wire.parallel_tool_calls is not False,
@@ -125,8 +125,9 @@ def read_completion(body: bytes) -> OpenAIWanted:
         model=wire.model,
         prompts=prompts,
         sampling=sampling(wire),
-        max_tokens=16 if wire.max_tokens is None else wire.max_tokens,  # this endpoint's documented default
-        stop=_stop(wire),
+        max_tokens=wire.max_tokens,
+        default_max_tokens=16,
+        stop=stop_strings(wire.stop),
         num_replies=num_replies,
         num_top_logprobs=wire.logprobs,
         output=output,
@@ -144,10 +145,6 @@ def _read(body: bytes, model: type[S], rules: Mapping[str, Rule]) -> tuple[S, tu
 
 def _include_usage(wire: schema.Generation) -> bool:
     return wire.stream_options is not None and wire.stream_options.include_usage is True
-
-
-def _stop(wire: schema.Generation) -> tuple[str, ...]:
-    return (wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ())
 
 
 def _raw_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> tuple[RawPrompt, ...]:

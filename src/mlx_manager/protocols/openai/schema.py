@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from mlx_manager.core.requests import Effort
+from mlx_manager.core.requests import Effort, ReasoningOption
 from mlx_manager.protocols.fields import Rule, Schema, honoured, noted, refused
 from mlx_manager.protocols.sampling import BiasedSamplingFields
 
@@ -158,6 +158,9 @@ class ReasoningOptions(Schema):
     enable_thinking: bool | None = None
     reasoning_effort: Effort | None = None
     thinking_budget: Annotated[int, Field(ge=0)] | None = None
+
+
+OPTION_FIELDS: Mapping[ReasoningOption, str] = {"enabled": "enable_thinking", "effort": "reasoning_effort", "budget": "thinking_budget"}
 
 
 class ChatRequest(Generation):

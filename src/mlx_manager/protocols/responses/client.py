@@ -18,7 +18,7 @@ def write_responses(request: GenerationRequest) -> Json:
         "input": [item for message in conversation.messages for item in _items(message)],
         "store": False,
         "max_output_tokens": request.max_tokens,
-        "stop": list(request.stop) or None,
+        "stop": None if request.stop is None else list(request.stop),
         "include": None if request.num_top_logprobs is None else ["message.output_text.logprobs"],
         "top_logprobs": request.num_top_logprobs or None,
         "parallel_tool_calls": None if request.parallel_tool_calls else False,

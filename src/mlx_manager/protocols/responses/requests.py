@@ -29,7 +29,7 @@ from mlx_manager.protocols.json_schema import check_schema
 from mlx_manager.protocols.media import check_pictures, file_parts, image_from_url
 from mlx_manager.protocols.responses import schema
 from mlx_manager.protocols.responses.history import Item, Kept
-from mlx_manager.protocols.sampling import sampling
+from mlx_manager.protocols.sampling import sampling, stop_strings
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.protocols.wire import Json, Wanted
 
@@ -107,7 +107,7 @@ def read_responses(body: bytes, past: Past, seal: Seal) -> ResponsesWanted:
         ),
         sampling=sampling(wire),
         max_tokens=wire.max_output_tokens,
-        stop=(wire.stop,) if isinstance(wire.stop, str) else tuple(wire.stop or ()),
+        stop=stop_strings(wire.stop),
         num_top_logprobs=(wire.top_logprobs or 0) if wants_logprobs else None,
         output=output,
         output_field=output_field,

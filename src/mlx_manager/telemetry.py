@@ -26,6 +26,7 @@ def configure_logfire(processors: Sequence[SpanProcessor] = ()) -> None:
         console=False,
         service_name="mlx-manager",
         inspect_arguments=False,
+        distributed_tracing=True,  # a client that traces may see its requests go on in here; unset, the first such one makes a warning
         additional_span_processors=processors,
     )
 

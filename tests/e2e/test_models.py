@@ -25,6 +25,12 @@ def test_the_list_reads_the_same_through_the_other_vendors_sdk(client: OpenAI, s
     assert all(m.capabilities is None and m.display_name for m in entries)
 
 
+def test_a_client_that_traces_its_requests_is_answered(server: Running) -> None:
+    with server.http() as http:
+        reply = http.get("/v1/models", headers={"traceparent": "00-01a218aab8f6512345678901234567ab-1234567890abcdef-01"})
+    assert reply.status_code == 200
+
+
 def test_an_unknown_model_is_not_found_and_the_reply_says_what_there_is(client: OpenAI) -> None:
     with pytest.raises(NotFoundError, match=MODEL) as retrieved:
         client.models.retrieve("nobody/nothing")

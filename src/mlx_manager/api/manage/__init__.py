@@ -1,0 +1,1 @@
+"""What is managed from a browser or a command: one file a screen."""

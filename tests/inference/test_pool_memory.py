@@ -172,6 +172,22 @@ async def test_models_of_every_kind_share_the_limit(device: Device, models: Path
         assert need_of_bert.weights > 0
 
 
+@pytest.mark.requirement("F7", "F8")
+async def test_the_memory_is_within_the_limit_at_its_peak_too(device: Device, models: Path) -> None:
+    async with pooled(device, models, real=True) as p:
+        before = await measured(device)
+        await within(device.run(mx.reset_peak_memory))
+        for name in (*NAMES, *NAMES):
+            async with p.pool.lend(name) as model:
+                prompts = [SequenceSpec(tuple(range(300 + i, 700 + i)), 8, GREEDY) for i in range(4)]
+                await within(receive(model.engine, prompts))
+            del model
+        peak = await within(device.run(mx.get_peak_memory))
+        host = sum(s.cache.host_bytes for s in p.pool.statuses() if s.cache is not None)
+        assert await p.pool.limit() >= peak - before + host > 2 * (models / "one" / "model.safetensors").stat().st_size
+        assert p.pool.counters.loads["ready"] == 6
+
+
 # ---- who waits, and who is refused
 
 

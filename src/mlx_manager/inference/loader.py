@@ -175,9 +175,11 @@ class Progress:
 
 class SharedWeights:
     """The weights of text models, in memory once for all who are loaded from the same files: a model with an adapter costs what the
-    adapter does. Knows them by folder and fingerprint, and keeps none of them there. Owned by the device thread."""
+    adapter does. Knows them by folder and fingerprint, and keeps none of them there; of what was loaded before it remembers in `caches`,
+    by the fingerprints of model and adapter, which cache was proven. Owned by the device thread."""
 
     def __init__(self) -> None:
+        self.caches: dict[tuple[str, str], str] = {}
         self._models: list[tuple[tuple[Path, str], weakref.ref[Any]]] = []
 
     def load(self, checkpoint: Checkpoint, key: str, progress: Progress) -> Any:
@@ -239,7 +241,9 @@ def load_engine(
         model_key=key,
         adapter_key=adapter_key,
         cost=PassCost(*memory.pass_cost(checkpoint)),
+        proven=weights.caches.get((key, adapter_key)),
     )
+    weights.caches[key, adapter_key] = engine.cache_state.kind
     device.attach(engine)
     return engine, _weight_bytes(model) - (0 if checkpoint.adapter is None else checkpoint.adapter.size_bytes)
 
@@ -274,8 +278,9 @@ def make_engine(
     model_key: str,
     adapter_key: str = "",
     cost: PassCost | None = None,
+    proven: str | None = None,
 ) -> Engine:
-    """The engine for a loaded model. On the device thread."""
+    """The engine for a loaded model; `proven`: see `choose_cache`. On the device thread."""
     import mlx.core as mx
 
     from mlx_manager.inference.engine import paged_attention
@@ -285,7 +290,7 @@ def make_engine(
 
     backend = paged_attention.backend()
     kv_bytes = memory.UNKNOWN_KV_BYTES if limits.kv_bytes is None else limits.kv_bytes
-    cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend))
+    cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend), proven)
     num_blocks = num_blocks_within(cache, kv_bytes)
     policy = Policy(
         cost=cost,
@@ -359,7 +364,7 @@ def machine_bytes() -> int:
     if mx.default_device() == mx.Device(mx.cpu):
         return total
     info = mx.device_info()
-    return min(total, int(info.get("max_recommended_working_set_size") or info.get("memory_size") or total))
+    return min(total, int(info.get("max_recommended_working_set_size") or info.get("total_memory") or total))
 
 
 def machine_limit() -> int:

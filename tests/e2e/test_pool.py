@@ -78,6 +78,15 @@ def test_a_third_model_takes_the_place_of_the_least_recently_used(server: Runnin
     assert server.metric("mlx_manager_memory_bytes", part="weights") == pool_of(server)["memory"]["weights"]
 
 
+@pytest.mark.requirement("D-07", "F6")
+def test_of_every_model_it_is_told_whether_it_fits_and_the_sum(server: Running) -> None:
+    fit = pool_of(server)["qwen3"]["fit"]
+    assert fit["needed"] == fit["weights"] + fit["adapter"] + fit["kv"] + fit["prefill"]
+    assert (fit["limit"], fit["kv_for_context"]) == (60_000_000, 2048 * 4096)
+    assert fit["verdict"] == "tight", "its keys and values are for less than the whole context"
+    assert pool_of(server)["tiny_bert"]["fit"]["verdict"] == "fits"
+
+
 @pytest.mark.requirement("D-07", "Q2")
 def test_who_finds_no_room_is_told_the_numbers_and_when_to_come_back(server: Running) -> None:
     with server.http() as http:

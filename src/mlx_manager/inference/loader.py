@@ -240,7 +240,7 @@ def load_engine(
         vocab_size=dialect.vocab_size,
         model_key=key,
         adapter_key=adapter_key,
-        cost=PassCost(*memory.pass_cost(checkpoint)),
+        cost=PassCost(*memory.pass_cost(checkpoint.pass_bytes_per_token, checkpoint.num_heads)),
         proven=weights.caches.get((key, adapter_key)),
     )
     weights.caches[key, adapter_key] = engine.cache_state.kind

@@ -44,7 +44,7 @@ from mlx_manager.inference.loader import (
     memory_in_use,
 )
 from mlx_manager.inference.local_model import LocalModel
-from mlx_manager.inference.memory import EvictionPolicy, MustLeave, Need, NoRoom, Reading, Relief, Resident
+from mlx_manager.inference.memory import EvictionPolicy, Fit, MustLeave, Need, NoRoom, Reading, Relief, Resident
 from mlx_manager.inference.text_reader import TextReader
 
 log = logging.getLogger(__name__)
@@ -69,12 +69,14 @@ class PoolPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """`error` says why the last load failed; `load_s` how long the last one took, in seconds. `phase` and `read_bytes` say how far a load
+    """`fit` says whether it would fit all by itself, None while the limit is not known. `error` says why the last load failed; `load_s` how
+    long the last one took, in seconds. `phase` and `read_bytes` say how far a load
     is, and `no_room` why it waits. `need` is what it takes or will take, None while it takes nothing. `idle_s` is the time since its last
     use, and `expires_in_s` that until it is unloaded, in seconds."""
 
     checkpoint: Checkpoint
     state: State
+    fit: Fit | None = None
     error: str | None = None
     load_s: float | None = None
     num_running: int = 0
@@ -696,6 +698,7 @@ class Pool:
         return ModelStatus(
             checkpoint=entry.checkpoint,
             state=entry.state,
+            fit=None if self._limit is None else self._fit(entry, self._limit),
             error=entry.error,
             load_s=entry.load_s,
             num_running=num_running,
@@ -712,6 +715,10 @@ class Pool:
             keep_alive_s=self._keep_alive_s(entry),
             expires_in_s=self._expires_in_s(entry),
         )
+
+    def _fit(self, entry: Entry[Any, Any], limit: int) -> Fit:
+        c = entry.checkpoint
+        return memory.fit(self._need(entry, limit), kv_bytes_per_token=c.kv_bytes_per_token, context_length=c.context_length, limit=limit)
 
     async def _text(self, model_id: str) -> TextEntry:
         entry = await self._entry(model_id)

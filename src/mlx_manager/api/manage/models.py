@@ -16,7 +16,7 @@ from mlx_manager.api.failures import failure
 from mlx_manager.config import parse_duration
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.inference.entry import Phase, State
-from mlx_manager.inference.memory import Relief
+from mlx_manager.inference.memory import Fit, Relief, Verdict
 from mlx_manager.inference.pool import MemoryStatus, ModelStatus, Pool
 from mlx_manager.protocols.body import read_json_object
 
@@ -67,6 +67,33 @@ class ModelMemory(BaseModel):
     kv_in_use: int
 
 
+class ModelFit(BaseModel):
+    """Whether a model would fit all by itself, with the sum, in bytes: `needed` of `limit`. `tight`: hardly anything is left, or `kv` is
+    less than a prompt of the whole context takes (`kv_for_context`; null where it is not known)."""
+
+    verdict: Verdict
+    limit: int
+    needed: int
+    weights: int
+    adapter: int
+    kv: int
+    prefill: int
+    kv_for_context: int | None
+
+    @classmethod
+    def of(cls, fit: Fit) -> "ModelFit":
+        return cls(
+            verdict=fit.verdict,
+            limit=fit.limit,
+            needed=fit.need.total,
+            weights=fit.need.weights,
+            adapter=fit.need.adapter,
+            kv=fit.need.kv,
+            prefill=fit.need.prefill,
+            kv_for_context=fit.kv_for_context,
+        )
+
+
 class PooledModel(BaseModel):
     """`memory` is null while it takes none. `busy`: how many requests have it now. `last_used` and `expires_at` are Unix times;
     `keep_alive_s` null: it never expires."""
@@ -79,6 +106,7 @@ class PooledModel(BaseModel):
     load_s: float | None
     size_bytes: int
     context_length: int | None
+    fit: ModelFit | None
     memory: ModelMemory | None
     pinned: bool
     busy: int
@@ -99,6 +127,7 @@ class PooledModel(BaseModel):
             load_s=status.load_s,
             size_bytes=status.checkpoint.size_bytes,
             context_length=status.checkpoint.context_length,
+            fit=None if status.fit is None else ModelFit.of(status.fit),
             memory=None
             if need is None
             else ModelMemory(

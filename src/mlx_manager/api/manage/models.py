@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from mlx_manager.api import sse
+from mlx_manager.api.answer import documented_body
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.api.failures import failure
 from mlx_manager.config import parse_duration
@@ -158,11 +159,6 @@ class ModelOptions(BaseModel):
     keep_alive: str | float | None = None
 
 
-_DOCUMENTED = {
-    "requestBody": {"required": False, "content": {"application/json": {"schema": ModelOptions.model_json_schema()}}},
-}
-
-
 @router.get("/api/models")
 async def models(services: ServicesDep) -> PoolState:
     """Every model with what it takes, and what all of them take of the limit."""
@@ -171,14 +167,14 @@ async def models(services: ServicesDep) -> PoolState:
     return PoolState(memory=Memory.of(services.pool.memory()), models=[PooledModel.of(s) for s in services.pool.statuses()])
 
 
-@router.patch("/api/models/{model_id:path}", openapi_extra=_DOCUMENTED)
+@router.patch("/api/models/{model_id:path}", openapi_extra=documented_body(ModelOptions))
 async def configure(model_id: str, request: Request, services: ServicesDep) -> PooledModel:
     """Pins a model or lets it go again, and says how long it stays when nobody uses it. Loads nothing."""
     await _configure(services.pool, model_id, await request.body())
     return PooledModel.of(services.pool.status(model_id))
 
 
-@router.post("/api/models/{model_id:path}/load", openapi_extra=_DOCUMENTED)
+@router.post("/api/models/{model_id:path}/load", openapi_extra=documented_body(ModelOptions))
 async def load(model_id: str, request: Request, services: ServicesDep) -> Response:
     """Loads a model and tells how far it is, as events: `progress` with the phase (`queued`, `evicting`, `loading`), then `ready` or
     `failed`. The load goes on if the client leaves, once it has begun."""

@@ -2,9 +2,10 @@
 
 import asyncio
 import gc
+import random
 import shutil
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -489,3 +490,41 @@ async def measured(device: Device) -> int:
         return mx.get_active_memory()
 
     return await within(device.run(look))
+
+
+@pytest.mark.requirement("SRV-02", "Q1", "Q2")
+async def test_whoever_comes_and_goes_in_whatever_order_is_answered_and_the_promises_stay_within_the_limit(
+    device: Device, models: Path
+) -> None:
+    lot = random.Random(7)
+    async with pooled(device, models, room=2.2, memory_wait_s=1e6) as p:
+        said = {name: await within(p.ask(name)) for name in NAMES}
+        limit = await p.pool.limit()
+        over: list[int] = []
+        num_answers = 0
+
+        async def one() -> None:
+            nonlocal num_answers
+            await asyncio.sleep(lot.random())
+            name = lot.choice(NAMES)
+            match lot.randrange(8):
+                case 0:
+                    await p.pool.unload(name)
+                case 1:
+                    await p.pool.configure(name, pinned=None, keep_alive_s=lot.choice([None, 0.0]))
+                case 2:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(lot.random() / 4):
+                            await p.ask(name)
+                case _:
+                    assert await p.ask(name, 4) == said[name]
+                    num_answers += 1
+            over.append(p.pool.memory().taken - limit)
+
+        async with asyncio.timeout(120):
+            await asyncio.gather(*(one() for _ in range(80)))
+        assert num_answers > 30
+        assert max(over) < 100_000, "the headers of files are no weights"
+        for name in NAMES:
+            await within(p.pool.unload(name))
+        assert (p.hot, p.pool.memory().taken) == (set(), 0)

@@ -81,6 +81,11 @@ class Entry(Generic[R, M]):
         return self.hot is not None and self.hot.num_lent == 0 and self.num_wanting == 0
 
     @property
+    def is_going(self) -> bool:
+        """On its way out of memory: before any load that begins from now on it is gone."""
+        return self.leaving is not None and self.leaving.num_lent == 0
+
+    @property
     def held(self) -> Need | None:
         """The memory that it takes, or has been promised."""
         hot = self.hot if self.hot is not None else self.leaving

@@ -356,7 +356,7 @@ class Pool:
         return self._limit
 
     def memory(self) -> MemoryStatus:
-        needs = [need for entry in self._entries.values() if (need := entry.held) is not None]
+        needs = [resident.need for resident in self._residents()]
         caches = [status.cache for status in self.statuses() if status.cache is not None]
         return MemoryStatus(
             limit=self._limit,
@@ -567,7 +567,7 @@ class Pool:
         finally:
             if place in self._places:
                 self._places.remove(place)
-        leavers = {e.leaver for e in self._entries.values() if e.leaver is not None and e.leaving is not None and not e.leaving.num_lent}
+        leavers = {e.leaver for e in self._entries.values() if e.leaver is not None and e.is_going}
         entry.phase = "evicting" if leavers else "loading"
         if leavers:
             await asyncio.wait(leavers)
@@ -624,7 +624,7 @@ class Pool:
         return memory.who_must_leave(self._residents(), wanted, limit=self._limit, policy=self._policy.eviction)
 
     def _residents(self) -> list[Resident]:
-        """All that take memory, but those who are about to be freed: that comes before any load."""
+        """All that take memory, or have been promised some."""
         return [
             Resident(
                 id=model_id,
@@ -634,7 +634,7 @@ class Pool:
                 num_uses=entry.num_uses,
             )
             for model_id, entry in self._entries.items()
-            if (need := entry.held) is not None and not (entry.leaving is not None and entry.leaving.num_lent == 0)
+            if (need := entry.held) is not None and not entry.is_going
         ]
 
     def _refusal(self, entry: Entry[Any, Any], no_room: NoRoom) -> NotEnoughMemory:

@@ -6,7 +6,7 @@ import random
 import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,16 @@ class Pooled:
         return {s.checkpoint.id for s in self.pool.statuses() if s.state == "ready"}
 
 
-MakePool = Callable[..., Any]
-
-
 @asynccontextmanager
 async def pooled(
-    device: Device, models: Path, *, room: float = 2.5, marks: Path | None = None, real: bool = False, **policy: Any
+    device: Device,
+    models: Path,
+    *,
+    room: float = 2.5,
+    marks: Path | None = None,
+    real: bool = False,
+    piece_bytes: int = 1 << 20,
+    **policy: Any,
 ) -> AsyncGenerator[Pooled]:
     def find() -> list[Any]:
         return list(find_models([models], None).models)
@@ -95,7 +99,7 @@ async def pooled(
     pool = Pool(
         device,
         find,
-        LIMITS,
+        replace(LIMITS, piece_bytes=piece_bytes),
         PoolPolicy(**policy),
         limit=lambda: int(room * each),
         in_use=memory_in_use if real else memory,
@@ -187,6 +191,23 @@ async def test_the_memory_is_within_the_limit_at_its_peak_too(device: Device, mo
         host = sum(s.cache.host_bytes for s in p.pool.statuses() if s.cache is not None)
         assert await p.pool.limit() >= peak - before + host > 2 * (models / "one" / "model.safetensors").stat().st_size
         assert p.pool.counters.loads["ready"] == 6
+
+
+@pytest.mark.requirement("F2", "8.1")
+async def test_a_reply_goes_on_while_another_model_is_loaded_piece_by_piece(device: Device, models: Path) -> None:
+    async with pooled(device, models, piece_bytes=1000) as p, p.pool.lend("one") as model:
+        stream = model.engine.submit([SequenceSpec((310, 320, 330), 400, GREEDY)])
+        await within(anext(stream))
+        loading = asyncio.create_task(p.pool.load("two"))
+        seen: set[int] = set()
+        num_meanwhile = 0
+        async for _ in stream:
+            if (status := p.of("two")).state == "loading" and 0 < status.read_bytes < status.checkpoint.size_bytes // 2:
+                seen.add(status.read_bytes)
+                num_meanwhile += 1
+        await within(loading)
+        assert num_meanwhile > 3
+        assert len(seen) > 3, "and it is told how far it is"
 
 
 # ---- who waits, and who is refused

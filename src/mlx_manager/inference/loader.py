@@ -12,10 +12,10 @@ import json
 import logging
 import threading
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from mlx_manager.core.messages import Image, Message
 from mlx_manager.core.requests import Conversation, GenerationRequest
@@ -38,6 +38,7 @@ from mlx_manager.inference.families.detect import detect
 from mlx_manager.inference.picture_reader import PictureReader
 from mlx_manager.inference.text_reader import TextReader
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -45,20 +46,25 @@ log = logging.getLogger(__name__)
 class EngineLimits:
     """`max_sequences` are decoded together. A step computes at most `prefill_budget` prompt tokens, and as many fewer as it takes to stay
     within `step_s` seconds while others decode. `kv_bytes` is the share of a model for keys and values, and `pass_bytes` what a pass over a
-    piece of a prompt may take; None: the pool decides for each model. `ageing_s` of waiting are worth a class of priority. `check_every`
-    and `ahead`: see `Engine`; None: unless the device is the CPU. Prefixes that left memory are kept in `disk_folder`, up to `disk_bytes`
-    for a model."""
+    piece of a prompt may take; None: the pool decides for each model. Weights are read in pieces of `piece_bytes`. `ageing_s` of waiting
+    are worth a class of priority. `check_every` and `ahead`: see `Engine`; None: unless the device is the CPU. Prefixes that left memory
+    are kept in `disk_folder`, up to `disk_bytes` for a model."""
 
     max_sequences: int = 32
     prefill_budget: int = 2048
     step_s: float = 0.05
     kv_bytes: int | None = None
     pass_bytes: int | None = None
+    piece_bytes: int = 256 << 20
     ageing_s: float = 10.0
     check_every: int = 0
     ahead: bool | None = None
     disk_bytes: int = 0
     disk_folder: Path | None = None
+
+
+Turns = Generator[None, None, T]
+"""Work on the device thread that lets others have their turns wherever it yields."""
 
 
 # Tokens, for a checkpoint that does not say how many it was made for.
@@ -182,7 +188,7 @@ class SharedWeights:
         self.caches: dict[tuple[str, str], str] = {}
         self._models: list[tuple[tuple[Path, str], weakref.ref[Any]]] = []
 
-    def load(self, checkpoint: Checkpoint, key: str, progress: Progress) -> Any:
+    def load(self, checkpoint: Checkpoint, key: str, progress: Progress, piece_bytes: int) -> Turns[Any]:
         """A model of its own, with its adapter, on weights that are read if nobody has them. Raises `Unusable` for an adapter that does
         not fit any more."""
         from mlx_lm.utils import load_model
@@ -195,7 +201,7 @@ class SharedWeights:
         model, _ = load_model(checkpoint.path, lazy=True, trust_remote_code=False)
         if lender is not None:
             model.load_weights(list(base_arrays(lender).items()))
-        _read_weights(model, progress)
+        yield from _read_weights(model, progress, piece_bytes)
         if checkpoint.adapter is not None:
             check_fit(checkpoint.adapter, checkpoint)
             apply(checkpoint.adapter, model)
@@ -203,36 +209,35 @@ class SharedWeights:
         return model
 
 
-_PIECE_BYTES = 256 << 20
-
-
-def _read_weights(model: Any, progress: Progress) -> None:
-    """In pieces, so that it can be told how far it is."""
+def _read_weights(model: Any, progress: Progress, piece_bytes: int) -> Turns[None]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     piece: list[Any] = []
-    piece_bytes = 0
+    num_bytes = 0
     for _, array in cast(list[Any], tree_flatten(model.parameters())):
         piece.append(array)
-        piece_bytes += array.nbytes
-        if piece_bytes >= _PIECE_BYTES:
+        num_bytes += array.nbytes
+        if num_bytes >= piece_bytes:
             mx.eval(piece)
-            progress.read_bytes += piece_bytes
-            piece, piece_bytes = [], 0
+            progress.read_bytes += num_bytes
+            piece, num_bytes = [], 0
+            yield
     mx.eval(piece)
-    progress.read_bytes += piece_bytes
+    progress.read_bytes += num_bytes
 
 
 def load_engine(
     checkpoint: Checkpoint, dialect: Dialect, device: Device, limits: EngineLimits, weights: SharedWeights, progress: Progress
-) -> tuple[Engine, int]:
+) -> Turns[tuple[Engine, int]]:
     """Reads the weights and makes the engine that runs them; how many bytes the weights take, without an adapter's. On the device
     thread."""
     import_libraries()
     key = fingerprint(checkpoint.path)
     adapter_key = "" if checkpoint.adapter is None else adapter_fingerprint(checkpoint.adapter)
-    model = load_weights(checkpoint, key, dialect, weights, progress)
+    yield
+    model = yield from load_weights(checkpoint, key, dialect, weights, progress, limits.piece_bytes)
+    yield
     engine = make_engine(
         model,
         device,
@@ -248,7 +253,9 @@ def load_engine(
     return engine, _weight_bytes(model) - (0 if checkpoint.adapter is None else checkpoint.adapter.size_bytes)
 
 
-def load_weights(checkpoint: Checkpoint, key: str, dialect: Dialect, weights: SharedWeights, progress: Progress) -> Any:
+def load_weights(
+    checkpoint: Checkpoint, key: str, dialect: Dialect, weights: SharedWeights, progress: Progress, piece_bytes: int
+) -> Turns[Any]:
     """The model; one that can be shown pictures as a `PictureModel`. On the device thread."""
     path = checkpoint.path
     if dialect.pictures is not None:
@@ -261,7 +268,7 @@ def load_weights(checkpoint: Checkpoint, key: str, dialect: Dialect, weights: Sh
         if problem is None:
             return model
         log.warning("%s cannot be shown pictures: %s", path.name, problem)
-    return weights.load(checkpoint, key, progress)
+    return (yield from weights.load(checkpoint, key, progress, piece_bytes))
 
 
 # A gray square: 8 x 8 pixels, PNG.

@@ -38,6 +38,7 @@ from mlx_manager.inference.loader import (
     EngineLimits,
     Progress,
     SharedWeights,
+    Turns,
     Usage,
     free,
     machine_limit,
@@ -124,6 +125,7 @@ class PoolCounters:
 
 
 R = TypeVar("R")
+T = TypeVar("T")
 M = TypeVar("M", bound=LocalModel | LocalEmbedder)
 
 
@@ -162,6 +164,7 @@ class Pool:
         self._clock = clock
         self._marks = LoadMarks(marks_folder)
         self._weights = SharedWeights()
+        self._at_work: asyncio.Task[Any] | None = None  # the load that has its turns on the device
         self._entries: dict[str, AnyEntry] = {}
         self._waiting: set[asyncio.Future[str]] = set()  # one for each who waits for a load; its result ends the wait
         self._places: list[_Place] = []
@@ -508,7 +511,7 @@ class Pool:
             need = await self._room_for(entry)
             limits = replace(self._limits, kv_bytes=need.kv, prefill_budget=self._pass_tokens, pass_bytes=need.prefill)
             entry.phase = "loading"
-            model, weight_bytes = await self._device.run(lambda: self._load_marked(entry, reader, limits))
+            model, weight_bytes = await self._in_turns(self._load_marked(entry, reader, limits))
         except NotEnoughMemory:
             raise  # nothing is wrong with the model
         except ModelLoadFailed as error:
@@ -535,11 +538,30 @@ class Pool:
                 entry.loading = entry.phase = None
             self._admit()
 
-    def _load_marked(self, entry: Entry[R, M], reader: R, limits: EngineLimits) -> tuple[M, int]:
-        """On the device thread. What a failure leaves behind is freed there."""
+    async def _in_turns(self, work: Turns[T]) -> T:
+        """Has work done on the device thread between everybody else's. One load at a time: who shares weights is to find them there."""
+
+        def go_on() -> tuple[T] | None:
+            try:
+                next(work)
+            except StopIteration as end:
+                return (end.value,)
+
+        while self._at_work is not None:
+            await asyncio.wait({self._at_work})
+        self._at_work = asyncio.current_task()
+        try:
+            while (done := await self._device.run(go_on)) is None:
+                pass
+        finally:
+            self._at_work = None
+        return done[0]
+
+    def _load_marked(self, entry: Entry[R, M], reader: R, limits: EngineLimits) -> Turns[tuple[M, int]]:
+        """What a failure leaves behind is freed. On the device thread."""
         with self._marks.marked(entry.checkpoint.id):
             try:
-                return entry.load(reader, self._device, limits, self._weights)
+                return (yield from entry.load(reader, self._device, limits, self._weights))
             except Exception as error:
                 _forget_frames(error)
                 gc.collect()  # a model that was half made may hold itself

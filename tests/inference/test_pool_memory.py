@@ -87,8 +87,7 @@ async def pooled(
     room: float = 2.5,
     marks: Path | None = None,
     real: bool = False,
-    piece_bytes: int = 1 << 20,
-    **policy: Any,
+    **settings: Any,
 ) -> AsyncGenerator[Pooled]:
     def find() -> list[Any]:
         return list(find_models([models], None).models)
@@ -99,8 +98,8 @@ async def pooled(
     pool = Pool(
         device,
         find,
-        replace(LIMITS, piece_bytes=piece_bytes),
-        PoolPolicy(**policy),
+        replace(LIMITS, **{k: v for k, v in settings.items() if hasattr(LIMITS, k)}),
+        PoolPolicy(**{k: v for k, v in settings.items() if not hasattr(LIMITS, k)}),
         limit=lambda: int(room * each),
         in_use=memory_in_use if real else memory,
         clock=clock,
@@ -196,9 +195,10 @@ async def test_the_memory_is_within_the_limit_at_its_peak_too(device: Device, mo
 @pytest.mark.requirement("F2", "8.1")
 async def test_a_reply_goes_on_while_another_model_is_loaded_piece_by_piece(device: Device, models: Path) -> None:
     async with pooled(device, models, piece_bytes=1000) as p, p.pool.lend("one") as model:
+        await within(p.pool.dialect("two"))
+        loading = asyncio.create_task(p.pool.load("two"))
         stream = model.engine.submit([SequenceSpec((310, 320, 330), 400, GREEDY)])
         await within(anext(stream))
-        loading = asyncio.create_task(p.pool.load("two"))
         seen: set[int] = set()
         num_meanwhile = 0
         async for _ in stream:
@@ -401,6 +401,24 @@ async def test_ten_times_loaded_used_and_unloaded_it_says_the_same_and_leaves_no
             assert await within(p.ask("one", 8)) == said
             await within(p.pool.unload("one"))
         assert await measured(device) - before < 100_000
+
+
+@pytest.mark.requirement("F5")
+async def test_prefixes_of_a_model_that_leaves_are_on_the_disk_and_are_found_when_it_is_back(
+    device: Device, models: Path, tmp_path: Path
+) -> None:
+    disk = {"disk_bytes": 1 << 30, "disk_folder": tmp_path / "prefixes"}
+    long = SequenceSpec(tuple(range(300, 400)), 4, GREEDY)
+    async with pooled(device, models, room=1.5, **disk) as p:
+        said: list[list[int]] = []
+        for name in ("one", "two", "one"):
+            async with p.pool.lend(name) as model:
+                (received,) = await within(receive(model.engine, [long]))
+                said.append(received.tokens)
+                fetched = model.engine.counters.fetched_blocks
+            del model
+        assert said[0] == said[2]
+        assert fetched == 3, "of its 100 tokens"
 
 
 @pytest.mark.requirement("F5", "SRV-02", "BUGFIX-07")

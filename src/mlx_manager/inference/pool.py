@@ -30,6 +30,7 @@ from mlx_manager.inference import memory
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.embedder import Embedder, LocalEmbedder
 from mlx_manager.inference.engine.device import Device
+from mlx_manager.inference.engine.disk_tier import DiskTier
 from mlx_manager.inference.engine.engine import CacheState, Engine
 from mlx_manager.inference.engine.sequence import URGENCY
 from mlx_manager.inference.entry import ENTRIES, AnyEntry, EmbeddingEntry, Entry, Hot, Phase, State, TextEntry
@@ -446,7 +447,7 @@ class Pool:
             for hot in (entry.hot, entry.leaving):
                 if hot is not None:
                     worker, hot.model = [hot.worker()], None
-                    await self._device.run(lambda worker=worker: self._free(worker))
+                    await self._free(worker)
             entry.hot = entry.leaving = None
 
     # ---- inside: loads
@@ -692,21 +693,29 @@ class Pool:
         await hot.idle.wait()
         worker, hot.model = [hot.worker()], None  # the device thread is to have the last reference
         try:
-            await self._device.run(lambda: self._free(worker))
+            await self._free(worker)
         except EngineFault:
             pass  # the device has stopped, and everything goes with it
         finally:
             entry.leaving = entry.leaver = None
             self._admit()
 
-    def _free(self, worker: list[Engine | Embedder | None]) -> None:
-        """Takes the only element of a list and ends it. On the device thread."""
-        one = worker.pop()
-        if one is not None:
-            self._device.detach(one)
-            one.close()
-        del one
-        free()
+    async def _free(self, worker: list[Engine | Embedder | None]) -> None:
+        """Takes the only element of a list and ends it; what it kept is on the disk then, if there is one."""
+
+        def end() -> DiskTier | None:
+            one = worker.pop()
+            disk = None
+            if one is not None:
+                self._device.detach(one)
+                disk = one.close()
+            del one
+            free()
+            return disk
+
+        disk = await self._device.run(end)
+        if disk is not None:
+            await asyncio.to_thread(disk.stop)
 
     def _status(self, entry: AnyEntry) -> ModelStatus:
         match entry:

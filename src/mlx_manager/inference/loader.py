@@ -296,7 +296,7 @@ def make_engine(
     from mlx_manager.inference.engine.runner import Runner
 
     backend = paged_attention.backend()
-    kv_bytes = memory.UNKNOWN_KV_BYTES if limits.kv_bytes is None else limits.kv_bytes
+    kv_bytes = memory.LEAST_KV_BYTES if limits.kv_bytes is None else limits.kv_bytes
     cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend), proven)
     num_blocks = num_blocks_within(cache, kv_bytes)
     policy = Policy(

@@ -15,7 +15,7 @@ Relief = Literal["smaller prefill", "prefixes", "idle models", "loads wait", "re
 KV_SHARE = 6
 """A model may have a sixth of what its weights leave for keys and values."""
 LEAST_KV_TOKENS = 8192
-UNKNOWN_KV_BYTES = 64 << 20
+LEAST_KV_BYTES = 64 << 20
 SCORE_BYTES = 512 << 20
 """What the scores of one layer's attention may take while a prompt is computed: queries x keys x heads, in float32."""
 _UNKNOWN_PASS_BYTES = 64 << 10
@@ -99,7 +99,7 @@ def need(checkpoint: Checkpoint, *, available: int, kv_bytes: int | None, prefil
             num_tokens=prefill_tokens,
         ),
         available=available,
-        kv_bytes=kv_bytes,
+        kv_bytes=0 if checkpoint.kind in ("embedding", "reranker") else kv_bytes,
     )
 
 
@@ -115,21 +115,16 @@ def need_of(
     kv_bytes: int | None,
 ) -> Need:
     """The same of what is known without a checkpoint."""
-    least = least_kv(kv_bytes_per_token, context_length)
-    if least == 0:
-        kv = 0  # it keeps none
-    elif kv_bytes is not None:
-        kv = kv_bytes
-    else:
-        kv = max(least, (available - weight_bytes - adapter_bytes - prefill) // KV_SHARE)
-    return Need(weights_key, weight_bytes, adapter_bytes, kv, prefill)
+    if kv_bytes is None:
+        kv_bytes = max(least_kv(kv_bytes_per_token, context_length), (available - weight_bytes - adapter_bytes - prefill) // KV_SHARE)
+    return Need(weights_key, weight_bytes, adapter_bytes, kv_bytes, prefill)
 
 
 def least_kv(kv_bytes_per_token: int | None, context_length: int | None) -> int:
-    """Enough for a prompt of the whole context or of some thousand tokens; twice, since half of it may be for rows."""
-    if kv_bytes_per_token is None:
-        return UNKNOWN_KV_BYTES
-    return kv_bytes_per_token * (LEAST_KV_TOKENS if context_length is None else min(2 * context_length, LEAST_KV_TOKENS))
+    """Enough for a prompt of the whole context or of some thousand tokens, twice, since half of it may be for rows; and for states, which
+    some models keep instead."""
+    tokens = LEAST_KV_TOKENS if context_length is None else min(2 * context_length, LEAST_KV_TOKENS)
+    return max(LEAST_KV_BYTES, 0 if kv_bytes_per_token is None else kv_bytes_per_token * tokens)
 
 
 def pass_cost(pass_bytes_per_token: int | None, num_heads: int | None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from mlx_manager.core.errors import (
     MLXManagerError,
     ModelLoadFailed,
     ModelNotFound,
+    NotEnoughMemory,
     NotFound,
     NotSaved,
     Overloaded,
@@ -40,6 +41,8 @@ def failure(error: Exception, path: str) -> Failure:
             return Failure(404, "invalid_request_error", "model_not_found", error.message, retry=False)
         case NotFound():
             return Failure(404, "invalid_request_error", None, error.message, error.param, retry=False)
+        case NotEnoughMemory():
+            return Failure(503, "server_error", "model_loading", error.message, retry_after_s=error.retry_after_s)
         case Overloaded():
             return Failure(503, "server_error", "queue_full", error.message, retry_after_s=error.retry_after_s)
         case ModelLoadFailed():

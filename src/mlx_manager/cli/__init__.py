@@ -13,6 +13,7 @@ import typer
 from mlx_manager.cli.bench import bench
 from mlx_manager.cli.chat import run
 from mlx_manager.cli.examine import doctor
+from mlx_manager.cli.memory import load, ps, stop
 from mlx_manager.cli.models import list_models, show
 from mlx_manager.cli.presets import alias, profiles
 from mlx_manager.cli.probe import probe
@@ -57,6 +58,10 @@ app.add_typer(profiles, name="profiles")
 app.add_typer(alias, name="alias")
 app.command("probe")(probe)
 app.command("status")(status)
+app.command("load")(load)
+app.command("stop")(stop)
+app.command("unload", hidden=True, help="Same as stop.")(stop)
+app.command("ps")(ps)
 app.command("doctor")(doctor)
 app.command("bench")(bench)
 

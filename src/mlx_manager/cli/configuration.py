@@ -1,16 +1,17 @@
 """From flags and environment to a `Config`, and what follows from one: the models it finds, the address it has."""
 # ruff: noqa: PLC0415 - Config is pydantic, which takes a while to import: `--help` does without
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_manager.cli.terminal import NO_SERVER, USAGE, fail, warn
+from mlx_manager.cli.terminal import FAILED, NO_SERVER, USAGE, fail, warn
 
 if TYPE_CHECKING:
+    from mlx_manager.cli.remote import Server
     from mlx_manager.config import Config
     from mlx_manager.hub.checkpoint import Checkpoint
     from mlx_manager.hub.local import Catalogue
@@ -35,7 +36,7 @@ AdaptersDir = Annotated[
         help="Folder whose subfolders are LoRA adapters; can be repeated. [env: MLX_MANAGER_ADAPTERS_DIR]",
     ),
 ]
-Host = Annotated[str | None, typer.Option("--host", metavar="URL", help="Where the server is. [default: http://127.0.0.1:10242]")]
+ServerUrl = Annotated[str | None, typer.Option("--host", metavar="URL", help="Where the server is. [default: http://127.0.0.1:10242]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
 
@@ -59,6 +60,21 @@ def configured(**flags: object) -> "Config":
     return config
 
 
+@contextmanager
+def asked(host: str | None) -> "Generator[Server]":
+    """The server at an address, or where this machine's would be. Ends the command if it does not answer, or not as it was asked to."""
+    from mlx_manager.cli.remote import NoAnswer, Refused, Server
+
+    config = configured()
+    url = address(config.host, config.port) if host is None else host if "://" in host else f"http://{host}"
+    try:
+        yield Server(url, config.api_key.get_secret_value() if config.api_key else None)
+    except NoAnswer as error:
+        fail(str(error), NO_SERVER)
+    except Refused as error:
+        fail(str(error), FAILED)
+
+
 def _complaint(field: str, message: str) -> str:
     return f"{field} (--{field.replace('_', '-')} or MLX_MANAGER_{field.upper()}): {message}."
 
@@ -80,37 +96,6 @@ def starter(models: "Sequence[Checkpoint]") -> "Checkpoint | None":
     """The model to talk to when none is named: the one that comes with the package, or the only one there is."""
     chatty = [model for model in models if model.kind == "text" and model.adapter is None]
     return next((model for model in chatty if is_starter(model)), chatty[0] if len(chatty) == 1 else None)
-
-
-def server(host: str | None) -> "Server":
-    """The one that a command talks to. Its key, if it has one, is taken from MLX_MANAGER_API_KEY."""
-    config = configured()
-    url = address(config.host, config.port) if host is None else host if "://" in host else f"http://{host}"
-    return Server(url, config.api_key.get_secret_value() if config.api_key else None)
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    url: str
-    key: str | None
-
-    def ask(self, method: str, path: str, body: object = None, *, timeout_s: float | None = None) -> dict[str, Any]:
-        """What it answers. Ends the command if nobody does, or it refuses."""
-        from mlx_manager.cli.remote import Refused
-
-        try:
-            return self.try_to(method, path, body, timeout_s=timeout_s)
-        except Refused as error:
-            fail(str(error))
-
-    def try_to(self, method: str, path: str, body: object = None, *, timeout_s: float | None = None) -> dict[str, Any]:
-        """As `ask`, for what may well be refused. Raises `cli.remote.Refused`."""
-        from mlx_manager.cli.remote import TIMEOUT_S, NoAnswer, call  # an HTTP client is not for `--help`
-
-        try:
-            return call(self.url, self.key, method, path, body, timeout_s=TIMEOUT_S if timeout_s is None else timeout_s)
-        except NoAnswer as error:
-            fail(str(error), NO_SERVER)
 
 
 def address(host: str, port: int) -> str:

@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 import typer
 
-from mlx_manager.cli.configuration import AsJson, Host, server
+from mlx_manager.cli.configuration import AsJson, ServerUrl, asked
 from mlx_manager.cli.terminal import USAGE, fail, label, print_json, print_table, say
 
 profiles = typer.Typer(help="Named ways to ask a model, for every client: model:profile.", invoke_without_command=True)
@@ -24,9 +24,9 @@ def list_unless_told_otherwise(context: typer.Context) -> None:
 
 
 @profiles.command("list")
-def list_profiles(host: Host = None, as_json: AsJson = False) -> None:
+def list_profiles(host: ServerUrl = None, as_json: AsJson = False) -> None:
     """List the profiles."""
-    told = server(host).ask("GET", "/api/profiles")
+    told = _ask(host, "GET", "/api/profiles")
     if as_json:
         print_json(told)
     elif told["profiles"]:
@@ -37,9 +37,9 @@ def list_profiles(host: Host = None, as_json: AsJson = False) -> None:
 
 
 @profiles.command("show")
-def show_profile(profile: Id, host: Host = None, as_json: AsJson = False) -> None:
+def show_profile(profile: Id, host: ServerUrl = None, as_json: AsJson = False) -> None:
     """Show all that a profile says."""
-    told = server(host).ask("GET", _path("profiles", profile))
+    told = _ask(host, "GET", _path("profiles", profile))
     if as_json:
         print_json(told)
         return
@@ -73,7 +73,7 @@ def set_profile(
     unset: Annotated[
         list[str] | None, typer.Option(metavar="FIELD", help="What it no longer says, as system_prompt; can be repeated.")
     ] = None,
-    host: Host = None,
+    host: ServerUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a profile, or change what is given of one."""
@@ -94,9 +94,9 @@ def set_profile(
 
 
 @profiles.command("rm")
-def remove_profile(profile: Id, host: Host = None) -> None:
+def remove_profile(profile: Id, host: ServerUrl = None) -> None:
     """Delete a profile."""
-    server(host).ask("DELETE", _path("profiles", profile))
+    _ask(host, "DELETE", _path("profiles", profile))
     say(f"{profile} is gone.")
 
 
@@ -107,9 +107,9 @@ def list_aliases_unless_told_otherwise(context: typer.Context) -> None:
 
 
 @alias.command("list")
-def list_aliases(host: Host = None, as_json: AsJson = False) -> None:
+def list_aliases(host: ServerUrl = None, as_json: AsJson = False) -> None:
     """List the aliases."""
-    told = server(host).ask("GET", "/api/aliases")
+    told = _ask(host, "GET", "/api/aliases")
     if as_json:
         print_json(told)
     elif told["aliases"]:
@@ -119,9 +119,9 @@ def list_aliases(host: Host = None, as_json: AsJson = False) -> None:
 
 
 @alias.command("show")
-def show_alias(name: Name, host: Host = None, as_json: AsJson = False) -> None:
+def show_alias(name: Name, host: ServerUrl = None, as_json: AsJson = False) -> None:
     """Show what an alias stands for."""
-    told = server(host).ask("GET", _path("aliases", name))
+    told = _ask(host, "GET", _path("aliases", name))
     if as_json:
         print_json(told)
     else:
@@ -132,7 +132,7 @@ def show_alias(name: Name, host: Host = None, as_json: AsJson = False) -> None:
 def set_alias(
     name: Name,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="A model, model:profile or model:adapter.")],
-    host: Host = None,
+    host: ServerUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an alias, or let it stand for something else."""
@@ -144,25 +144,30 @@ def set_alias(
 
 
 @alias.command("rm")
-def remove_alias(name: Name, host: Host = None) -> None:
+def remove_alias(name: Name, host: ServerUrl = None) -> None:
     """Delete an alias; what it stands for stays."""
-    server(host).ask("DELETE", _path("aliases", name))
+    _ask(host, "DELETE", _path("aliases", name))
     say(f"{name} is gone.")
+
+
+def _ask(host: str | None, method: str, path: str) -> dict[str, Any]:
+    with asked(host) as server:
+        return server.ask(method, path)
 
 
 def _put(kind: str, name: str, identity: dict[str, str], changes: dict[str, Any], host: str | None) -> dict[str, Any]:
     """A new one, or what is there with the changes; if somebody else changes it in between, nothing."""
     from mlx_manager.cli.remote import Refused  # noqa: PLC0415 - an HTTP client is not for `--help`
 
-    here = server(host)
-    try:
-        before = here.try_to("GET", _path(kind, name))
-    except Refused as error:
-        if error.status != 404:
-            fail(str(error))
-        return here.ask("POST", f"/api/{kind}", identity | changes)
-    kept = {field: value for field, value in before.items() if field not in NOT_SET}
-    return here.ask("PUT", _path(kind, name), kept | changes | {"version": before["version"]})
+    with asked(host) as server:
+        try:
+            before = server.ask("GET", _path(kind, name))
+        except Refused as error:
+            if error.status != 404:
+                raise
+            return server.ask("POST", f"/api/{kind}", identity | changes)
+        kept = {field: value for field, value in before.items() if field not in NOT_SET}
+        return server.ask("PUT", _path(kind, name), kept | changes | {"version": before["version"]})
 
 
 def _path(kind: str, name: str) -> str:

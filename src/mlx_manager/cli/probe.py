@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 import typer
 
-from mlx_manager.cli.configuration import AsJson, Host, server
+from mlx_manager.cli.configuration import AsJson, ServerUrl, asked
 from mlx_manager.cli.terminal import ability, label, print_json, print_table
 from mlx_manager.core.capabilities import CAPABILITIES
 
@@ -15,11 +15,12 @@ TIMEOUT_S = 3600.0
 
 def probe(
     model: Annotated[str, typer.Argument(help="As `list` names it.")],
-    host: Host = None,
+    host: ServerUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model for a tool call, a thought and what it sees, and keep what came of it."""
-    told = server(host).ask("POST", f"/api/models/{quote(model, safe='/:')}/probe", timeout_s=TIMEOUT_S)
+    with asked(host) as server:
+        told = server.ask("POST", f"/api/models/{quote(model, safe='/:')}/probe", timeout_s=TIMEOUT_S)
     if as_json:
         print_json(told)
     else:

@@ -2,30 +2,23 @@
 
 from typing import Any
 
-from mlx_manager.cli.configuration import AsJson, Host, server
-from mlx_manager.cli.terminal import FAILED, NO_SERVER, fail, print_json, print_table, say, size, tokens
+from mlx_manager.cli.configuration import AsJson, ServerUrl, asked
+from mlx_manager.cli.terminal import print_json, print_table, say, size, tokens
 
 
 def status(
-    host: Host = None,
+    host: ServerUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a running server is doing; its key, if it has one, is taken from MLX_MANAGER_API_KEY."""
-    from mlx_manager.cli.remote import NoAnswer, Refused, read_status  # noqa: PLC0415 - an HTTP client is not for `--help`
-
-    here = server(host)
-    try:
-        told = read_status(here.url, here.key)
-    except NoAnswer as error:
-        fail(str(error), NO_SERVER)
-    except Refused as error:
-        fail(str(error), FAILED)
+    with asked(host) as server:
+        told = server.status()
     if as_json:
         print_json(told)
         return
     num = told["num_in_flight"]
     say(
-        f"MLX Manager {told['version']} at {here.url}: {'shutting down, ' if told['draining'] else ''}"
+        f"MLX Manager {told['version']} at {server.url}: {'shutting down, ' if told['draining'] else ''}"
         f"{num} request{'' if num == 1 else 's'} under way"
     )
     if told["models"]:

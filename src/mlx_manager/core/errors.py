@@ -10,7 +10,9 @@ MLXManagerError
 │   └── NotFound              what the request names is not, or no longer, kept here
 ├── BackendError              another backend can, or the same one later
 │   ├── Overloaded            too many wait already, or the server is draining
+│   │   └── NotEnoughMemory   there is no room now for what the request needs
 │   ├── ModelLoadFailed       the model is there and would not load
+│   │   └── ModelTooLarge     there is never room for it
 │   ├── TimedOut              it took longer than it may
 │   └── NotSaved              the database could not take a change, and is as it was
 └── EngineFault               we have to: the engine failed while it served this request
@@ -101,8 +103,28 @@ class Overloaded(BackendError):
         self.retry_after_s = retry_after_s
 
 
+class NotEnoughMemory(Overloaded):
+    """Both in bytes; what is `needed` is named in the message."""
+
+    def __init__(self, what: str, *, needed: int, available: int) -> None:
+        super().__init__(
+            f"{what} needs {gigabytes(needed)}, and only {gigabytes(available)} are available. Please try again later.", retry_after_s=10
+        )
+        self.needed = needed
+        self.available = available
+
+
 class ModelLoadFailed(BackendError):
     pass
+
+
+class ModelTooLarge(ModelLoadFailed):
+    """Both in bytes."""
+
+    def __init__(self, model: str, *, needed: int, limit: int) -> None:
+        super().__init__(f"The model '{model}' needs {gigabytes(needed)}, and all models together may take {gigabytes(limit)}.")
+        self.needed = needed
+        self.limit = limit
 
 
 class TimedOut(BackendError):
@@ -117,3 +139,8 @@ class NotSaved(BackendError):
 
 class EngineFault(MLXManagerError):
     pass
+
+
+def gigabytes(num_bytes: int) -> str:
+    """For a message: of what is small, enough digits to tell sizes apart."""
+    return f"{num_bytes / 1e9:.{1 if num_bytes >= 1e9 else 3}f} GB"

@@ -25,18 +25,20 @@ _TOLERANCE = {mx.float32: 2e-3, mx.float16: 3e-2, mx.bfloat16: 8e-2}
 _PROMPTS = ((3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46), (2, 71, 82), (84, 59))
 _TESTED_BLOCKS = 1 + len(_PROMPTS)  # the null block, and one for each
 _FEWEST_BLOCKS = 2
+_STATE_SHARE = 5
 _MOST_BLOCKS = 1 << 18  # 8 million tokens; a model that keeps nothing but states has no other limit
 _CONTINUATION = (18, 28, 45)
 
 
-def choose_cache(model: Any, kv_bytes: int, kernels: PagedAttention | None) -> KVCache:
+def choose_cache(model: Any, kv_bytes: int, kernels: PagedAttention | None, proven: str | None = None) -> KVCache:
     """The fastest cache that passes, for `num_blocks_within` these bytes. `kernels` are this device's, if it has any. Reasons why others
-    do not pass are logged."""
+    do not pass are logged. `proven` is the one that passed before with the very same weights: it is taken without a test."""
     for name, make in _ways(model, kernels):
+        if proven not in (None, name):
+            continue
         try:
             tested = make(_TESTED_BLOCKS)
-            problem = tested.self_test() if isinstance(tested, PagedCache) else None
-            problem = problem or self_test(model, tested)
+            problem = _problem(model, tested) if proven is None else None
         except Exception as error:  # noqa: BLE001 - whatever a model does with a cache that it does not know
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -46,11 +48,22 @@ def choose_cache(model: Any, kv_bytes: int, kernels: PagedAttention | None) -> K
     return SingleCache(model)
 
 
+def _problem(model: Any, cache: KVCache) -> str | None:
+    problem = cache.self_test() if isinstance(cache, PagedCache) else None
+    return problem or self_test(model, cache)
+
+
 def num_blocks_within(cache: KVCache, kv_bytes: int) -> int:
     """How many blocks there may be, and the null block."""
     # Where rows are padded, one half is for the rows and the other for the blocks that are kept beside them.
-    share = kv_bytes // 2 if cache.pads_rows else kv_bytes
+    share = kv_bytes - state_bytes_within(cache, kv_bytes)
+    share = share // 2 if cache.pads_rows else share
     return 1 + min(_MOST_BLOCKS, max(_FEWEST_BLOCKS, share // max(1, cache.token_bytes * BLOCK_TOKENS)))
+
+
+def state_bytes_within(cache: KVCache, kv_bytes: int) -> int:
+    """What the states may take of it that some blocks stand for."""
+    return kv_bytes // _STATE_SHARE if cache.needs_states else 0
 
 
 def _ways(model: Any, kernels: PagedAttention | None) -> Iterator[tuple[str, Callable[[int], KVCache]]]:

@@ -134,7 +134,7 @@ M = TypeVar("M", bound=LocalModel | LocalEmbedder)
 class _Place:
     """Of a load in the queue for memory; the future's result says how much it may take."""
 
-    entry: AnyEntry
+    entry: Entry[Any, Any]
     number: int
     room: "asyncio.Future[Need]"
 
@@ -513,8 +513,8 @@ class Pool:
             limits = replace(self._limits, kv_bytes=need.kv, prefill_budget=self._pass_tokens, pass_bytes=need.prefill)
             entry.phase = "loading"
             model, weight_bytes = await self._in_turns(self._load_marked(entry, reader, limits))
-        except NotEnoughMemory:
-            raise  # nothing is wrong with the model
+        except (NotEnoughMemory, EngineFault):
+            raise  # nothing is wrong with the model: there is no room for it, or the device has stopped
         except ModelLoadFailed as error:
             if entry.error is None:
                 entry.error = error.message
@@ -580,7 +580,7 @@ class Pool:
             raise ModelTooLarge(entry.checkpoint.id, needed=least.total, limit=limit)
         if entry.leaver is not None:
             await asyncio.wait({entry.leaver})
-        place = _Place(entry, next(self._numbers), asyncio.get_running_loop().create_future())  # type: ignore[arg-type]
+        place = _Place(entry, next(self._numbers), asyncio.get_running_loop().create_future())
         self._places.append(place)
         self._admit()
         if not place.room.done():

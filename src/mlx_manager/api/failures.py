@@ -1,6 +1,7 @@
 """Core errors → what the client is told. Rendered here and nowhere else."""
 
 import logging
+import math
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -9,14 +10,18 @@ from starlette.responses import Response
 from mlx_manager.api.errors import ErrorResponse
 from mlx_manager.api.sse import ClientGone
 from mlx_manager.core.errors import (
+    Conflict,
     ContextTooLong,
     EngineFault,
+    HubRefused,
+    HubUnavailable,
     InvalidField,
     MLXManagerError,
     ModelLoadFailed,
     ModelNotFound,
     NotFound,
     Overloaded,
+    StorageFull,
     TimedOut,
 )
 from mlx_manager.protocols.wire import Failure
@@ -36,6 +41,16 @@ def failure(error: Exception, path: str) -> Failure:
             return Failure(404, "invalid_request_error", "model_not_found", error.message, retry=False)
         case NotFound():
             return Failure(404, "invalid_request_error", None, error.message, error.param, retry=False)
+        case Conflict():
+            return Failure(409, "invalid_request_error", "conflict", error.message, retry=False)
+        case HubRefused():
+            return Failure(403, "invalid_request_error", "hub_refused", error.message, retry=False)
+        case HubUnavailable():
+            code = "offline" if error.is_offline else "hub_unavailable"
+            wait_s = None if error.retry_after_s is None else math.ceil(error.retry_after_s)
+            return Failure(503, "server_error", code, error.message, retry=False, retry_after_s=wait_s)
+        case StorageFull():
+            return Failure(507, "server_error", "storage_full", error.message, retry=False)
         case Overloaded():
             return Failure(503, "server_error", "queue_full", error.message, retry_after_s=error.retry_after_s)
         case ModelLoadFailed():

@@ -6,11 +6,15 @@ MLXManagerError
 │   ├── ContextTooLong        the prompt leaves no room for one token
 │   │   └── PromptTooLarge    the prompt's keys and values do not fit this machine's share for the model
 │   ├── ModelNotFound         nothing here answers to that name
-│   └── NotFound              what the request names is not, or no longer, kept here
+│   ├── NotFound              what the request names is not, or no longer, kept here
+│   ├── Conflict              it cannot be done as things are now
+│   └── HubRefused            the Hub wants a token, another one, or its terms accepted
 ├── BackendError              another backend can, or the same one later
 │   ├── Overloaded            too many wait already, or the server is draining
 │   ├── ModelLoadFailed       the model is there and would not load
-│   └── TimedOut              it took longer than it may
+│   ├── TimedOut              it took longer than it may
+│   ├── HubUnavailable        the Hub did not answer as it should, or nobody may ask it
+│   └── StorageFull           the disk has no room for it
 └── EngineFault               we have to: the engine failed while it served this request
 """
 
@@ -80,6 +84,14 @@ class NotFound(RequestError):
         self.param = param
 
 
+class Conflict(RequestError):
+    pass
+
+
+class HubRefused(RequestError):
+    pass
+
+
 class BackendError(MLXManagerError):
     pass
 
@@ -95,6 +107,19 @@ class ModelLoadFailed(BackendError):
 
 
 class TimedOut(BackendError):
+    pass
+
+
+class HubUnavailable(BackendError):
+    """`is_offline`: this machine is not to ask, so that trying again is of no use. `retry_after_s` is what the Hub said, in seconds."""
+
+    def __init__(self, message: str, *, is_offline: bool = False, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.is_offline = is_offline
+        self.retry_after_s = retry_after_s
+
+
+class StorageFull(BackendError):
     pass
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from mlx_lm.utils import MODEL_REMAPPING
 
-from mlx_manager.hub.checkpoint import EMBEDDING_MODULES, SAME_ARCHITECTURE, Checkpoint, Unusable, read
+from mlx_manager.hub.checkpoint import EMBEDDING_MODULES, SAME_ARCHITECTURE, Checkpoint, Unusable, kv_bytes_per_token, read
 from tests.hub.folders import BERT, LLAMA, WEIGHTS, write_model, write_safetensors
 
 VISION_WEIGHTS: dict[str, Any] = {"vision_tower.proj.weight": {"dtype": "F32", "shape": [4, 2], "data_offsets": [0, 32]}}
@@ -220,3 +220,49 @@ def test_an_id_that_could_be_a_path_is_refused(tmp_path: Path, id: str) -> None:
     path = write_model(tmp_path / "model")
     with pytest.raises(Unusable, match="its name"):
         read(path, id)
+
+
+_ATTENTION = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+_ROW = 2 * 2 * 64 * 2  # keys and values of two heads of 64, 16 bits each
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (_ATTENTION, 4 * _ROW),
+        ({"text_config": _ATTENTION}, 4 * _ROW),
+        (_ATTENTION | {"torch_dtype": "float32"}, 2 * 4 * _ROW),
+        ({"text_config": _ATTENTION, "dtype": "float32"}, 2 * 4 * _ROW),
+        ({"num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 512}, 4 * _ROW * 4),
+        ({"n_layer": 4, "n_head": 8, "n_embd": 512, "multi_query": True}, 4 * _ROW // 2),
+        (_ATTENTION | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}, 4 * _ROW),
+        (_ATTENTION | {"layer_types": ["linear_attention", "full_attention"] * 2}, 2 * _ROW),
+        (_ATTENTION | {"layer_types": ["conv", "full_attention", "conv", "conv"]}, _ROW),
+        (_ATTENTION | {"num_kv_shared_layers": 1}, 3 * _ROW),
+        (_ATTENTION | {"full_attention_interval": 4}, _ROW),
+        (_ATTENTION | {"hybrid_override_pattern": "M*-M*-"}, 2 * _ROW),
+        (_ATTENTION | {"attn_layer_period": 4, "attn_layer_offset": 3}, _ROW),
+        (_ATTENTION | {"block_types": ["recurrent", "attention"]}, 2 * _ROW),
+        ({"model_type": "mamba2", "num_hidden_layers": 4}, 0),
+        (_ATTENTION | {"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 4 * 576 * 2),
+        (
+            _ATTENTION
+            | {"model_type": "deepseek_v2", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+            4 * 8 * (192 + 128) * 2,
+        ),
+        ({}, None),
+        ({"num_hidden_layers": 4}, None),
+        (_ATTENTION | {"num_key_value_heads": [2, 4, 2, 4]}, None),
+        (_ATTENTION | {"num_hidden_layers": "four"}, None),
+    ],
+)
+def test_keys_and_values_of_a_token_are_counted_from_the_configuration(config: dict[str, Any], expected: int | None) -> None:
+    assert kv_bytes_per_token(config) == expected
+
+
+def test_what_a_model_keeps_stands_in_its_checkpoint(tmp_path: Path) -> None:
+    text = read(write_model(tmp_path / "text", LLAMA | _ATTENTION | {"hidden_size": 512}), "text")
+    assert (text.kv_bytes_per_token, text.num_heads) == (4 * _ROW, 8)
+    assert text.pass_bytes_per_token is not None
+    assert read(write_model(tmp_path / "bare"), "bare").kv_bytes_per_token is None
+    assert read(write_model(tmp_path / "bert", BERT), "bert").kv_bytes_per_token == 0

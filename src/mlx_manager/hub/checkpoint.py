@@ -85,6 +85,12 @@ class Checkpoint:
     """From the shapes, quantised weights unpacked: an estimate."""
     created: int
     """Unix time of config.json."""
+    kv_bytes_per_token: int | None = None
+    """Keys and values of one token in all layers; 0 for what keeps none, None where the folder does not say."""
+    pass_bytes_per_token: int | None = None
+    """What a forward pass holds of one token beside them; None where the folder does not say."""
+    num_heads: int | None = None
+    """Queries that attend beside each other, each with scores of its own."""
     adapter: Adapter | None = None
 
     @property
@@ -101,6 +107,25 @@ class Traits:
     architecture: str
     context_length: int | None
     quantization_bits: int | None
+    kv_bytes_per_token: int | None
+    pass_bytes_per_token: int | None
+    num_heads: int | None
+
+    def checkpoint(self, id: str, path: Path, *, size_bytes: int, num_parameters: int, created: int) -> Checkpoint:
+        return Checkpoint(
+            id=id,
+            path=path,
+            kind=self.kind,
+            architecture=self.architecture,
+            context_length=self.context_length,
+            size_bytes=size_bytes,
+            quantization_bits=self.quantization_bits,
+            num_parameters=num_parameters,
+            created=created,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            pass_bytes_per_token=self.pass_bytes_per_token,
+            num_heads=self.num_heads,
+        )
 
 
 class Unusable(Exception):
@@ -136,14 +161,10 @@ def _read(path: Path, id: str) -> Checkpoint:
     traits = read_traits(config, tokenizer_config, tensors, _read_array(path / "modules.json"))
     if traits.kind in ("embedding", "reranker"):
         tensors |= _read_steps(path)
-    return Checkpoint(
-        id=id,
-        path=path,
-        kind=traits.kind,
-        architecture=traits.architecture,
-        context_length=traits.context_length,
+    return traits.checkpoint(
+        id,
+        path,
         size_bytes=sum(file.stat().st_size for file in files),
-        quantization_bits=traits.quantization_bits,
         num_parameters=num_parameters(tensors, config),
         created=int((path / "config.json").stat().st_mtime),
     )
@@ -172,11 +193,15 @@ def read_traits(
 
     `tensor_names` are those of its weights, `steps` what modules.json lists, None if there is no such file."""
     architecture = check_config(config)
+    kind = _kind(config, architecture, tensor_names, steps)
     return Traits(
-        kind=_kind(config, architecture, tensor_names, steps),
+        kind=kind,
         architecture=architecture,
         context_length=_context_length(config, tokenizer_config),
         quantization_bits=_positive(_quantization(config).get("bits")),
+        kv_bytes_per_token=0 if kind in ("embedding", "reranker") else kv_bytes_per_token(config),
+        pass_bytes_per_token=pass_bytes_per_token(config),
+        num_heads=_first(_text(config), "num_attention_heads", "n_head", "num_heads"),
     )
 
 
@@ -316,6 +341,130 @@ def _context_length(config: Mapping[str, Any], tokenizer_config: Mapping[str, An
     limit = _positive(tokenizer_config.get("model_max_length"))
     known = [length for length in (positions, limit) if length is not None and length < 1_000_000_000]
     return min(known, default=None)
+
+
+_RECURRENT = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv7"})
+_LATENT = frozenset(
+    {
+        "bailing_hybrid", "bailing_moe_v3", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k3",
+        "kimi_linear", "kimi_vl", "longcat_flash", "longcat_flash_ngram", "mistral4", "youtu_llm",
+    }
+)  # fmt: skip
+"""Model types that keep what keys and values are made from: one row for all heads."""
+
+
+def kv_bytes_per_token(config: Mapping[str, Any]) -> int | None:
+    """Keys and values of one token in all layers that keep any, 16 bits each unless config.json says float32. None if it cannot be told.
+
+    A layer with a sliding window counts like the others: its blocks are kept as long as theirs. Layers that keep a state instead do not
+    count: it is the same size for any number of tokens.
+    """
+    text = _text(config)
+    if text.get("model_type", config.get("model_type")) in _RECURRENT:
+        return 0
+    layers = _num_attending(text)
+    if layers is None:
+        return None
+    element_bytes = _element_bytes(config)
+    if (latent := _positive(text.get("kv_lora_rank"))) is not None:
+        rope = _positive(text.get("qk_rope_head_dim"))
+        if rope is None:
+            return None
+        if text.get("model_type", config.get("model_type")) in _LATENT:
+            per_layer = 2 if str(text.get("model_type")).startswith("longcat") else 1
+            return layers * per_layer * (latent + rope) * element_bytes
+        heads, plain, value = (_positive(text.get(n)) for n in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
+        if heads is None or plain is None:
+            return None
+        return layers * heads * (plain + rope + (plain if value is None else value)) * element_bytes
+    heads, size = _kv_heads(text), _head_dim(text)
+    if heads is None or size is None:
+        return None
+    width = layers * heads * size
+    if (wide := _positive(text.get("global_head_dim"))) is not None and (types := _layer_types(text)) is not None:
+        num_wide = sum(kind == "full_attention" for kind in types[:layers])
+        width = (layers - num_wide) * heads * size + num_wide * (_positive(text.get("num_global_key_value_heads")) or heads) * wide
+    return 2 * width * element_bytes
+
+
+def pass_bytes_per_token(config: Mapping[str, Any]) -> int | None:
+    """About what is in memory at the widest place of a layer: the states around it, its queries, keys and values, and what its
+    widest part makes."""
+    text = _text(config)
+    hidden = _first(text, "hidden_size", "n_embd", "d_model", "dim")
+    if hidden is None:
+        return None
+    inner = _first(text, "intermediate_size", "n_inner", "d_inner") or 4 * hidden
+    experts = (_first(text, "num_experts_per_tok", "num_experts_per_token", "top_k_experts") or 0) * (
+        _positive(text.get("moe_intermediate_size")) or inner
+    )
+    queries = (_first(text, "num_attention_heads", "n_head") or 1) * (_head_dim(text) or hidden)
+    return _element_bytes(config) * (8 * hidden + 3 * max(inner, experts) + 3 * min(queries, 16 * hidden))
+
+
+def _text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part that says how text is read and written."""
+    return _object(config.get("text_config")) or dict(config)
+
+
+def _num_attending(text: Mapping[str, Any]) -> int | None:
+    """How many layers keep keys and values of their own."""
+    layers = _first(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    if layers is None:
+        return None
+    layers -= _positive(text.get("num_kv_shared_layers")) or 0
+    if (types := _layer_types(text)) is not None:
+        return sum("attention" in kind and "linear" not in kind for kind in types[:layers])
+    if isinstance(pattern := text.get("hybrid_override_pattern"), str):
+        return pattern.count("*")
+    if isinstance(indices := text.get("full_attn_idxs"), list):
+        return len(cast(list[Any], indices))
+    if isinstance(indices := _object(text.get("linear_attn_config")).get("full_attn_layers"), list):
+        return len(cast(list[Any], indices))
+    if (period := _positive(text.get("attn_layer_period"))) is not None:
+        offset = text.get("attn_layer_offset")
+        return sum(i % period == offset for i in range(layers))
+    if (interval := _positive(text.get("full_attention_interval"))) is not None:
+        return layers // interval
+    if (size := _positive(text.get("layer_group_size"))) is not None:
+        return sum((i + 1) % size == 0 or i >= layers // size * size for i in range(layers))
+    if isinstance(kinds := text.get("block_types", text.get("_block_types")), list):
+        names = cast(list[Any], kinds)
+        return sum(names[i % len(names)] == "attention" for i in range(layers)) if names else None
+    return layers
+
+
+def _layer_types(text: Mapping[str, Any]) -> list[str] | None:
+    types = text.get("layer_types")
+    return [str(kind) for kind in cast(list[object], types)] if isinstance(types, list) else None
+
+
+def _kv_heads(text: Mapping[str, Any]) -> int | None:
+    if text.get("multi_query") is True:
+        return 1
+    return _first(text, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_attention_heads", "n_head", "n_heads")
+
+
+def _head_dim(text: Mapping[str, Any]) -> int | None:
+    if (size := _first(text, "head_dim", "attention_head_dim")) is not None:
+        return size
+    hidden = _first(text, "hidden_size", "n_embd", "d_model", "dim")
+    heads = _first(text, "num_attention_heads", "n_head", "n_heads")
+    return None if hidden is None or heads is None else hidden // heads
+
+
+def _element_bytes(config: Mapping[str, Any]) -> int:
+    text = _text(config)
+    said = next((c[k] for c in (text, config) for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str)), "bfloat16")
+    return 4 if said == "float32" else 2
+
+
+def _first(values: Mapping[str, Any], *names: str) -> int | None:
+    """Of the first of these that is a positive number; None if there is one that is something else, as a list of one for each layer."""
+    for name in names:
+        if values.get(name) is not None:
+            return _positive(values[name])
+    return None
 
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:

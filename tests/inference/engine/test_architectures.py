@@ -8,10 +8,12 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
+from mlx_manager.hub.checkpoint import kv_bytes_per_token
+from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.sequence import Ended, SequenceSpec, Token
 from mlx_manager.inference.loader import EngineLimits, make_engine
-from tests.inference.engine.tiny_models import CONFIGS, VOCABULARY, tiny
+from tests.inference.engine.tiny_models import CONFIGS, VOCABULARY, config_of, tiny
 from tests.inference.fixture_models import GREEDY
 
 
@@ -88,3 +90,10 @@ async def test_who_gives_way_says_the_same(architecture: str) -> None:
     assert await run(engine, specs) == [alone(architecture, s) for s in specs]
     if engine.cache_state.kind != "single":
         assert engine.cache_state.num_preemptions > 0
+
+
+def test_a_configuration_says_what_a_token_takes_in_the_cache(architecture: str) -> None:
+    if architecture == "llama4":
+        pytest.skip("mlx-lm's own caches take memory in larger pieces")
+    engine = engine_of(architecture)
+    assert kv_bytes_per_token(config_of(architecture) | {"torch_dtype": "float32"}) == engine.cache_state.block_bytes // BLOCK_TOKENS

@@ -89,11 +89,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def config_of(architecture: str) -> dict[str, Any]:
+    _, own = CONFIGS[architecture]
+    return {**_COMMON, "model_type": architecture, **own}
+
+
 @cache
 def tiny(architecture: str) -> Any:
     module = importlib.import_module(f"mlx_lm.models.{architecture}")
-    _, own = CONFIGS[architecture]
-    model = module.Model(module.ModelArgs.from_dict({**_COMMON, "model_type": architecture, **own}))
+    model = module.Model(module.ModelArgs.from_dict(config_of(architecture)))
     mx.random.seed(7)
 
     def weight(old: mx.array) -> mx.array:

@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from mlx_manager import telemetry
 from mlx_manager.api import anthropic, embeddings, failures, openai, prefix, responses, system, tokens, web
 from mlx_manager.api.dependencies import Services
+from mlx_manager.api.manage import downloads
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
 from mlx_manager.config import Config
@@ -24,7 +25,10 @@ from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
 from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.hub.checkpoint import Checkpoint
+from mlx_manager.hub.client import Hub
+from mlx_manager.hub.downloads import Downloads
 from mlx_manager.hub.local import UnusableModel, find_models, hub_cache_folder
+from mlx_manager.hub.store import DownloadStore
 from mlx_manager.inference.blas import keep_freed_memory
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.loader import EngineLimits, import_libraries
@@ -58,8 +62,25 @@ def build_services(config: Config) -> Services:
         max_requests=config.max_concurrent_requests,
         listeners=(metrics.record, telemetry.trace_exchange),
     )
-    seal = Seal(lambda: read_or_make_key(config.reasoning_key_path))
-    return Services(config, device, pool, media, gateway, Database(config.database_path), metrics, seal, History(time.monotonic))
+    database = Database(config.database_path)
+    hub = Hub.of(config.hub_endpoint, timeout_s=config.hub_timeout_s)
+
+    async def on_download(model: str) -> None:
+        await pool.refresh()
+
+    return Services(
+        config=config,
+        device=device,
+        pool=pool,
+        media=media,
+        gateway=gateway,
+        database=database,
+        metrics=metrics,
+        seal=Seal(lambda: read_or_make_key(config.reasoning_key_path)),
+        responses=History(time.monotonic),
+        hub=hub,
+        downloads=Downloads(hub, DownloadStore(database), hub_cache_folder(), at_once=config.max_downloads, on_done=on_download),
+    )
 
 
 def _finder(config: Config) -> Callable[[], list[Checkpoint]]:
@@ -83,11 +104,14 @@ async def running(services: Services) -> AsyncGenerator[Services]:
     await services.database.open()
     await asyncio.to_thread(services.seal.prepare)
     services.device.start()
+    await services.downloads.open()
     importing = asyncio.create_task(asyncio.to_thread(import_libraries))  # ahead of the first request, which would wait for it
     try:
         yield services
     finally:
         await importing
+        await services.downloads.close()
+        await services.hub.close()
         await services.pool.close()
         await asyncio.to_thread(services.device.stop)
         await services.database.close()
@@ -133,6 +157,7 @@ def application(services: Services) -> FastAPI:
     app.include_router(tokens.router)
     app.include_router(responses.router)
     app.include_router(prefix.router)
+    app.include_router(downloads.router)
     app.include_router(system.router)
     app.include_router(web.router)
     return app
@@ -171,6 +196,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._services.downloads.end_watching()
         self._draining = asyncio.create_task(self._drain())
         await super().shutdown(sockets)
 

@@ -252,6 +252,7 @@ class OriginClient:
         self._agent = agent
         self._timeout = httpx2.Timeout(stall_s, connect=connect_s, pool=None)
         self._client: httpx2.AsyncClient | None = None
+        self._making = asyncio.Lock()
 
     @property
     def has_token(self) -> bool:
@@ -284,8 +285,9 @@ class OriginClient:
             await self._client.aclose()
 
     async def _send(self, url: Url, target: str, headers: Mapping[str, str]) -> httpx2.Response:
-        if self._client is None:
-            self._client = await asyncio.to_thread(self._new_client)  # reading the certificates takes a while
+        async with self._making:
+            if self._client is None:
+                self._client = await asyncio.to_thread(self._new_client)  # reading the certificates takes a while
         sent = {"host": url.authority, "accept-encoding": "identity", "user-agent": self._agent, **headers}
         if self._token is not None and (url.scheme, url.host, url.port) == (self.base.scheme, self.base.host, self.base.port):
             sent["authorization"] = f"Bearer {self._token}"

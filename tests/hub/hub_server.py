@@ -60,7 +60,8 @@ class HubServer:
     cdn_url: str = ""
     token: str | None = None
     """Gated repositories want it."""
-    is_silent: bool = False
+    silent: set[str] = field(default_factory=set)
+    """Origins that never answer."""
     bytes_per_s: int | None = None
     """Of each answer of the CDN."""
     cuts: list[int] = field(default_factory=list)
@@ -119,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         seen = Seen(self.origin, self.command, unquote(parts.path), parse_qs(parts.query), headers)
         self.hub.seen.append(seen)
-        if self.hub.is_silent:
+        if self.origin in self.hub.silent:
             self.hub.closing.wait(60)
             return
         for i, (origin, status, more) in enumerate(self.hub.statuses):
@@ -169,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["tree"]:
             self._json([{"type": "file", "path": p, "size": len(d), "oid": _git(d), **_lfs(p, d, "oid")} for p, d in repo.files.items()])
         else:
-            self._json(repo.listing or self._describe(name, repo, blobs=seen.query.get("blobs") == ["true"] or True))
+            self._json(repo.listing or self._describe(name, repo, blobs=seen.query.get("blobs") == ["true"]))
 
     def _refuse(self, status: int, code: str | None) -> None:
         self._answer(status, b'{"error":"no"}', {"x-error-code": code} if code else {})
@@ -188,9 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
         for name, repo in self.hub.repos.items():
             described = self._describe(name, repo, blobs=False)
             tags = set(described["tags"])
-            if one("search").lower() in name.lower() and one("author") in ("", name.partition("/")[0]):
-                if set(seen.query.get("filter", [])) <= tags:
-                    found.append(described | {"siblings": None})
+            is_meant = one("search").lower() in name.lower() and one("author") in ("", name.partition("/")[0])
+            if is_meant and set(seen.query.get("filter", [])) <= tags:
+                found.append(described | {"siblings": None})
         if one("sort"):
             found.sort(key=lambda model: model.get(one("sort")) or 0, reverse=True)
         start, limit = int(one("cursor") or 0), int(one("limit") or 1000)

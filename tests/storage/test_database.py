@@ -16,6 +16,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+import mlx_manager.app  # noqa: F401 - with it, every table is known
 from mlx_manager.storage.database import MIGRATIONS, Database, DatabaseUnusable, has_wal_reset_bug, journal_mode
 from mlx_manager.storage.record import Record
 

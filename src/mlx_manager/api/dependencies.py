@@ -8,6 +8,8 @@ from fastapi import Depends, Request
 from mlx_manager.config import Config
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.remote_media import RemoteMedia
+from mlx_manager.hub.client import Hub
+from mlx_manager.hub.downloads import Downloads
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.pool import Pool
 from mlx_manager.protocols.responses.history import History
@@ -27,6 +29,8 @@ class Services:
     metrics: Metrics
     seal: Seal
     responses: History
+    hub: Hub
+    downloads: Downloads
 
 
 def _services(request: Request) -> Services:

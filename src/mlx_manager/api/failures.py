@@ -4,6 +4,7 @@ import logging
 import math
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -42,7 +43,7 @@ def failure(error: Exception, path: str) -> Failure:
         case NotFound():
             return Failure(404, "invalid_request_error", None, error.message, error.param, retry=False)
         case Conflict():
-            return Failure(409, "invalid_request_error", "conflict", error.message, retry=False)
+            return Failure(409, "invalid_request_error", error.code, error.message, error.param, retry=False)
         case HubRefused():
             return Failure(403, "invalid_request_error", "hub_refused", error.message, retry=False)
         case HubUnavailable():
@@ -111,6 +112,15 @@ def _http_error(request: Request, error: Exception) -> Response:
     return ErrorResponse(request.scope, error.status_code, message, retry=False, headers=headers)
 
 
+def _invalid_query(request: Request, error: Exception) -> Response:
+    """The first mistake in the query of a request; bodies are read elsewhere."""
+    assert isinstance(error, RequestValidationError)
+    mistake = error.errors()[0]
+    name = str(mistake["loc"][-1])[:64]
+    message = f"There is no parameter '{name}' here." if mistake["type"] == "extra_forbidden" else f"Invalid '{name}': {mistake['msg']}."
+    return error_response(request, InvalidField(message, param=name))
+
+
 def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
@@ -119,5 +129,6 @@ def install(app: FastAPI) -> None:
     """Registers the one rendering of every error."""
     app.add_exception_handler(MLXManagerError, error_response)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid_query)
     app.add_exception_handler(ClientGone, _client_gone)
     # What is not named here goes through to `RequestId`, which answers 500, and to the server, which logs it.

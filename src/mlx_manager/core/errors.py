@@ -85,7 +85,12 @@ class NotFound(RequestError):
 
 
 class Conflict(RequestError):
-    pass
+    """`param` is the field that clashes."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "conflict") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class HubRefused(RequestError):

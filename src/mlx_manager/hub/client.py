@@ -20,11 +20,6 @@ MAX_LIST_BYTES = 32 << 20
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-def default_endpoint() -> str:
-    """Hugging Face's own variable, HF_ENDPOINT, or its address."""
-    return constants.ENDPOINT
-
-
 def stored_token() -> str | None:
     """HF_TOKEN, else what `hf auth login` left. Reads files."""
     return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
@@ -50,6 +45,11 @@ class Hub:
         self._timeout_s = timeout_s
         self._token = token
         self._client: OriginClient | None = None
+
+    @classmethod
+    def of(cls, endpoint: str | None, *, timeout_s: float) -> "Hub":
+        """The one that is configured, else Hugging Face's own variables hold: HF_ENDPOINT, HF_HUB_OFFLINE. Raises `ValueError`."""
+        return cls(constants.ENDPOINT if endpoint is None else endpoint, timeout_s=timeout_s, is_offline=constants.HF_HUB_OFFLINE)
 
     async def json(self, path: str, query: Mapping[str, str | list[str]] | None = None, *, about: str | None = None) -> object:
         """What the API says. `about` is the model that is asked for, as errors name it."""
@@ -140,14 +140,14 @@ class Hub:
             then = "with the account of your token" if has_token else "and set HF_TOKEN to a token of that account"
             return HubRefused(f"The Hub gives {what} only to who has accepted its terms: accept them at {page}, {then}.")
         if code == "RevisionNotFound":
-            return NotFound(f"The model {what} has no such revision on the Hub at {self.name}.", param="/revision")
+            return NotFound(f"The model {what} has no such revision on the Hub at {self.name}.", param="revision")
         if code == "EntryNotFound":
             return NotFound(f"The Hub at {self.name} no longer has a file of {what}.")
         if reply.status == 401 and has_token:
             return HubRefused(f"The Hub at {self.name} does not accept the token, or has no {what} for it: look at HF_TOKEN.")
         if reply.status in (401, 404):
             hint = "" if has_token else ", or it is private and needs a token (HF_TOKEN)"
-            return NotFound(f"There is no {what} on the Hub at {self.name}{hint}.", param=None if about is None else "/model")
+            return NotFound(f"There is no {what} on the Hub at {self.name}{hint}.", param=None if about is None else "model")
         return HubUnavailable(f"The Hub at {self.name} answered with status {reply.status}.")
 
 

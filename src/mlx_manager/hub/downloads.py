@@ -93,7 +93,6 @@ class _Job:
     here: dict[str, int] = field(default_factory=dict[str, int])
     """Bytes by etag: contents that several files share are fetched once."""
     samples: deque[tuple[float, int]] = field(default_factory=deque[tuple[float, int]])
-    told_at: float = 0.0
     task: asyncio.Task[None] | None = None
     is_leaving: bool = False
     """It is being cancelled."""
@@ -161,6 +160,7 @@ class Downloads:
         self._removed: deque[tuple[int, str]] = deque()
         self._forgotten = 0  # the version up to which removals are no longer remembered
         self._changed = asyncio.Event()
+        self._is_ending = False
 
     # ---- life
 
@@ -190,6 +190,11 @@ class Downloads:
             self._jobs[job.id] = job
         self._schedule()
 
+    def end_watching(self) -> None:
+        """Every watcher's stream ends: the server is about to."""
+        self._is_ending = True
+        self._wake()
+
     async def close(self) -> None:
         """What is under way stops, and goes on at the next `open`."""
         tasks = [job.task for job in self._jobs.values() if job.task is not None]
@@ -217,9 +222,9 @@ class Downloads:
         """The download of a model; the one that there is already, gone on with. Raises what the Hub does, `InvalidField`, `Conflict` and
         `StorageFull`."""
         if not is_valid_id(model) or model.count("/") != 1:
-            raise InvalidField(f"'{model[:100]}' is not the name of a model on the Hub: organisation/name.", param="/model")
+            raise InvalidField(f"'{model[:100]}' is not the name of a model on the Hub: organisation/name.", param="model")
         if not _REVISION.fullmatch(revision) or not is_inside(revision):
-            raise InvalidField(f"'{revision[:100]}' is not a revision: a branch, a tag or a commit.", param="/revision")
+            raise InvalidField(f"'{revision[:100]}' is not a revision: a branch, a tag or a commit.", param="revision")
         if (job := self._unfinished(model)) is not None:
             return await self._join(job, revision)
         files, commit = await self._ask(model, revision)
@@ -295,10 +300,11 @@ class Downloads:
         """The state first, then what changes. A watcher that is slow gets several changes as one."""
         changes = self.changes(since)
         yield changes
-        while True:
+        while not self._is_ending:
             changed = self._changed
             if changes.position == f"{self._epoch}-{self._version}":
                 await changed.wait()
+                continue
             changes = self.changes(changes.position)
             yield changes
 
@@ -337,7 +343,7 @@ class Downloads:
             if traits.kind == "unsupported":
                 raise Unusable(f"nothing here runs its architecture ({traits.architecture[:100]!r})")
         except Unusable as error:
-            raise InvalidField(f"'{model}' is not downloaded: {error.reason}.", param="/model", code="unusable_model") from error
+            raise InvalidField(f"'{model}' is not downloaded: {error.reason}.", param="model", code="unusable_model") from error
         return files, listing.commit
 
     async def _json(self, model: str, listing: Listing, path: str) -> object:
@@ -377,6 +383,7 @@ class Downloads:
 
     async def _run(self, job: _Job) -> None:
         job.samples.clear()
+        measuring = asyncio.create_task(self._measure(job))
         try:
             await self._save(job)
             await self._fetch(job)
@@ -392,6 +399,7 @@ class Downloads:
         except OSError as error:
             job.state, job.error = "failed", f"It cannot be put into the cache: {error.strerror}."
         finally:
+            measuring.cancel()
             job.task = None
             job.file, job.is_checking = None, False
         if job.error is not None:
@@ -409,7 +417,6 @@ class Downloads:
 
             def bytes_here(num_bytes: int, etag: str = file.etag) -> None:
                 job.here[etag] = num_bytes
-                self._measure(job)
 
             def checking() -> None:
                 job.is_checking = True
@@ -463,17 +470,21 @@ class Downloads:
             self._forgotten = self._removed.popleft()[0]
         self._wake()
 
-    def _measure(self, job: _Job) -> None:
-        now = self._clock()
-        done = job.done_bytes
-        if job.samples and done < job.samples[-1][1]:  # it started over
-            job.samples.clear()
-        job.samples.append((now, done))
-        while now - job.samples[0][0] > _SPEED_WINDOW_S:
-            job.samples.popleft()
-        if now - job.told_at >= _TELL_EVERY_S:
-            job.told_at = now
-            self._tell(job)
+    async def _measure(self, job: _Job) -> None:
+        """How far it is, a few times a second; also that nothing comes any more."""
+        told: tuple[str | None, int, float | None] | None = None
+        while True:
+            now, done = self._clock(), job.done_bytes
+            if job.samples and done < job.samples[-1][1]:  # it started over
+                job.samples.clear()
+            job.samples.append((now, done))
+            while now - job.samples[0][0] > _SPEED_WINDOW_S:
+                job.samples.popleft()
+            state = (None if job.file is None else job.file.etag, done, _speed(job.samples))
+            if state != told:
+                told = state
+                self._tell(job)
+            await asyncio.sleep(_TELL_EVERY_S)
 
     def _tell(self, job: _Job) -> None:
         self._version += 1

@@ -17,7 +17,7 @@ from mlx_manager.hub.listing import RemoteFile
 from mlx_manager.hub.repository import Part, Repository
 
 T = TypeVar("T")
-WRITE_BYTES = 1 << 20
+WRITE_BYTES = 1 << 18
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 

@@ -1,0 +1,1 @@
+"""`/api` for whoever runs the server: one module a screen."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -20,6 +21,7 @@ import mlx_manager.app  # noqa: F401 - with it, every table is known
 from mlx_manager.storage.database import MIGRATIONS, Database, DatabaseUnusable, has_wal_reset_bug, journal_mode
 from mlx_manager.storage.record import Record
 
+HEAD = ScriptDirectory(str(MIGRATIONS)).get_current_head()
 WITHOUT_BUG = (3, 53, 0)
 WITH_BUG = (3, 51, 2)
 
@@ -41,7 +43,7 @@ def migrations(tmp_path: Path) -> Path:
     return shutil.copytree(MIGRATIONS, tmp_path / "100% migrations", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def add_migration(migrations: Path, revision: str, after: str, body: str) -> None:
+def add_migration(migrations: Path, revision: str, after: str | None, body: str) -> None:
     lines = [
         "import sqlalchemy as sa",
         "from alembic import op",
@@ -97,7 +99,7 @@ def read(path: Path, statement: str) -> list[tuple[Any, ...]]:
 
 async def test_a_fresh_database_is_made_in_a_folder_for_its_owner_only(path: Path) -> None:
     async with opened(path) as database:
-        assert await execute(database, "SELECT * FROM alembic_version") == [("0001_baseline",)]
+        assert await execute(database, "SELECT * FROM alembic_version") == [(HEAD,)]
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -116,7 +118,7 @@ async def test_a_reopened_database_has_what_was_committed(path: Path) -> None:
 async def test_an_empty_file_becomes_a_database(path: Path) -> None:
     write(path, b"")
     async with opened(path) as database:
-        assert await execute(database, "SELECT * FROM alembic_version") == [("0001_baseline",)]
+        assert await execute(database, "SELECT * FROM alembic_version") == [(HEAD,)]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_the_wal_reset_bug_is_known_by_version(version: tuple[int, int, int], ha
 
 
 async def test_a_row_must_refer_to_one_that_exists(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     async with opened(path, migrations=migrations) as database:
         with pytest.raises(IntegrityError):
             await execute(database, "INSERT INTO child VALUES (7)")
@@ -199,11 +201,11 @@ async def test_another_programs_database_is_never_taken_over(path: Path) -> None
 
 
 async def test_a_newer_versions_database_is_left_alone(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     async with opened(path, migrations=migrations):
         pass
     before = content(path)
-    assert "newer version of MLX Manager (0002_parents)" in await refusal(path)
+    assert "newer version of MLX Manager (9999_parents)" in await refusal(path)
     assert content(path) == before
 
 
@@ -238,26 +240,26 @@ async def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 async def test_a_migration_is_preceded_by_a_backup(path: Path, migrations: Path) -> None:
     async with opened(path, migrations=migrations) as database:
         await execute(database, "CREATE TABLE scratch AS SELECT 'ada' AS name")
-    add_migration(migrations, "0002_more", "0001_baseline", "    op.add_column('scratch', sa.Column('born', sa.Integer))")
+    add_migration(migrations, "9999_more", HEAD, "    op.add_column('scratch', sa.Column('born', sa.Integer))")
     async with opened(path, migrations=migrations) as database:
         assert await execute(database, "SELECT name, born FROM scratch") == [("ada", None)]
-    backup = path.with_name("mlx-manager.db.before-0002_more")
+    backup = path.with_name("mlx-manager.db.before-9999_more")
     assert read(backup, "SELECT * FROM scratch") == [("ada",)]
-    assert read(backup, "SELECT * FROM alembic_version") == [("0001_baseline",)]
+    assert read(backup, "SELECT * FROM alembic_version") == [(HEAD,)]
     assert {file.name for file in path.parent.iterdir()} == {path.name, backup.name}
 
 
 async def test_a_failed_migration_leaves_everything_as_it_was(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     async with opened(path, migrations=migrations):
         pass
-    add_migration(migrations, "0003_drops", "0002_parents", "    op.drop_table('child')")
+    add_migration(migrations, "0003_drops", "9999_parents", "    op.drop_table('child')")
     add_migration(migrations, "0004_fails", "0003_drops", "    op.execute('DELETE FROM parent')\n    op.execute('nonsense')")
     for _ in range(2):
         message = await refusal(path, migrations=migrations)
         assert message.startswith(f"{path}: the migration to 0004_fails failed")
         assert "mlx-manager.db.before-0004_fails" in message
-        assert read(path, "SELECT * FROM alembic_version") == [("0002_parents",)]
+        assert read(path, "SELECT * FROM alembic_version") == [("9999_parents",)]
         assert read(path, "SELECT * FROM parent JOIN child") == [(1, "ada", 1)]
         assert read(path.with_name("mlx-manager.db.before-0004_fails"), "SELECT * FROM parent JOIN child") == [(1, "ada", 1)]
     add_migration(migrations, "0004_fails", "0003_drops", "    op.execute('DELETE FROM parent')")
@@ -266,26 +268,26 @@ async def test_a_failed_migration_leaves_everything_as_it_was(path: Path, migrat
 
 
 async def test_a_failed_first_migration_leaves_nothing_behind_that_blocks_the_next(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_fails", "0001_baseline", PARENTS + "    op.execute('nonsense')")
+    add_migration(migrations, "9999_fails", HEAD, PARENTS + "    op.execute('nonsense')")
     assert "nothing of it was kept" in await refusal(path, migrations=migrations)
     async with opened(path) as database:
-        assert await execute(database, "SELECT * FROM alembic_version") == [("0001_baseline",)]
+        assert await execute(database, "SELECT * FROM alembic_version") == [(HEAD,)]
 
 
 async def test_a_table_can_be_copied_and_dropped_without_its_children(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     copy = "    with op.batch_alter_table('parent', recreate='always') as table:\n        table.drop_column('name')"
-    add_migration(migrations, "0003_copies", "0002_parents", copy)
+    add_migration(migrations, "0003_copies", "9999_parents", copy)
     async with opened(path, migrations=migrations) as database:
         assert await execute(database, "SELECT * FROM parent") == [(1,)]
         assert await execute(database, "SELECT * FROM child") == [(1,)]
 
 
 async def test_a_migration_that_orphans_rows_fails(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     async with opened(path, migrations=migrations):
         pass
-    add_migration(migrations, "0003_orphans", "0002_parents", "    op.execute('DELETE FROM parent')")
+    add_migration(migrations, "0003_orphans", "9999_parents", "    op.execute('DELETE FROM parent')")
     assert "1 rows refer to rows that are gone, the first in table child" in await refusal(path, migrations=migrations)
     assert read(path, "SELECT * FROM parent") == [(1, "ada")]
 

@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from mlx_manager import telemetry
 from mlx_manager.api import anthropic, embeddings, failures, openai, prefix, responses, system, tokens, web
 from mlx_manager.api.dependencies import Services
-from mlx_manager.api.manage import downloads
+from mlx_manager.api.manage import downloads, models
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
 from mlx_manager.config import Config
@@ -31,8 +31,8 @@ from mlx_manager.hub.local import UnusableModel, find_models, hub_cache_folder
 from mlx_manager.hub.store import DownloadStore
 from mlx_manager.inference.blas import keep_freed_memory
 from mlx_manager.inference.engine.device import Device
-from mlx_manager.inference.loader import EngineLimits, import_libraries
-from mlx_manager.inference.pool import Pool
+from mlx_manager.inference.loader import EngineLimits, import_libraries, memory_limit
+from mlx_manager.inference.pool import Pool, PoolPolicy
 from mlx_manager.protocols.responses.history import History
 from mlx_manager.protocols.seal import Seal
 from mlx_manager.storage.database import Database
@@ -41,8 +41,9 @@ from mlx_manager.storage.key_file import read_or_make_key
 log = logging.getLogger(__name__)
 
 
-def build_services(config: Config) -> Services:
-    """Everything that lives as long as the process; started by `running`."""
+def build_services(config: Config, *, remembers_loads: bool = True) -> Services:
+    """Everything that lives as long as the process; started by `running`. `remembers_loads`: what is being loaded is written down, so that
+    a start after a crash knows."""
     device = Device()
     limits = EngineLimits(
         max_sequences=config.max_batch,
@@ -54,9 +55,22 @@ def build_services(config: Config) -> Services:
         ageing_s=config.ageing_s,
         check_every=256 if config.log_level == "debug" else 0,
     )
-    pool = Pool(device, _finder(config), limits)
+    policy = PoolPolicy(
+        eviction=config.eviction,
+        when_full=config.when_full,
+        keep_alive_s=config.keep_alive,
+        memory_wait_s=config.memory_wait_s,
+    )
+    pool = Pool(
+        device,
+        _finder(config),
+        limits,
+        policy,
+        limit=lambda: memory_limit(config.max_memory),
+        marks_folder=config.load_marks_dir if remembers_loads else None,
+    )
     media = RemoteMedia(config.remote_media_hosts, allows_http=config.remote_media_http)
-    metrics = telemetry.Metrics(pool.engines)
+    metrics = telemetry.Metrics(pool.engines, [telemetry.PoolCollector(pool)])
     gateway = Gateway(
         LocalBackend(pool, media),
         max_requests=config.max_concurrent_requests,
@@ -106,10 +120,14 @@ async def running(services: Services) -> AsyncGenerator[Services]:
     services.device.start()
     await services.downloads.open()
     importing = asyncio.create_task(asyncio.to_thread(import_libraries))  # ahead of the first request, which would wait for it
+    watching = asyncio.create_task(services.pool.watch())
+    preloading = asyncio.create_task(services.pool.preload(services.config.preload))
     try:
         yield services
     finally:
-        await importing
+        for task in (watching, preloading):
+            task.cancel()
+        await asyncio.gather(importing, watching, preloading, return_exceptions=True)
         await services.downloads.close()
         await services.hub.close()
         await services.pool.close()
@@ -159,6 +177,7 @@ def application(services: Services) -> FastAPI:
     app.include_router(prefix.router)
     app.include_router(downloads.router)
     app.include_router(system.router)
+    app.include_router(models.router)
     app.include_router(web.router)
     return app
 

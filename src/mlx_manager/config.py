@@ -1,6 +1,7 @@
 """What is fixed when the process starts: flags, else environment (`MLX_MANAGER_…`), else these defaults."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -10,11 +11,40 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 Priority = Literal["high", "normal", "low"]
+Eviction = Literal["lru", "lfu"]
+WhenFull = Literal["queue", "refuse"]
 Several = Annotated[tuple[str, ...], NoDecode]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 # Holds the starter model, so that a fresh machine answers without a network.
 BUNDLED_MODELS = Path(__file__).parent / "bundled"
+
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SECONDS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def parse_size(text: str) -> int | float:
+    """`32GB`, `1.5 GiB` or `1000000` as bytes, and `80%` as 0.8: a whole number and a fraction. Raises `ValueError`."""
+    if (share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())) and 0 < (percent := float(share[1])) <= 100:
+        return percent / 100
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    num_bytes = 0 if size is None else int(float(size[1]) * _UNITS[size[2] or ""])
+    if num_bytes <= 0:
+        raise ValueError(f"'{text}' is not a size, as 32GB, 80% or a number of bytes")
+    return num_bytes
+
+
+def parse_duration(text: str) -> float | None:
+    """`5m`, `1h30m` or `90` in seconds; None, for ever, of what is less than 0. Raises `ValueError`."""
+    said = text.strip().lower()
+    if re.fullmatch(r"-\d+(\.\d+)?[a-z]*", said):
+        return None
+    if re.fullmatch(r"\d+(\.\d+)?", said):
+        return float(said)
+    if not re.fullmatch(r"(\d+(\.\d+)?(ms|[smhd]))+", said):
+        raise ValueError(f"'{text}' is not a time, as 5m, 90s, 0 or -1 for ever")
+    return sum(float(number) * _SECONDS[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|[smhd])", said))
 
 
 class Config(BaseSettings):
@@ -48,7 +78,17 @@ class Config(BaseSettings):
     step_ms: float = Field(
         50.0, gt=0, description="What a step aims at while replies run, in milliseconds: prompts are computed in pieces."
     )
+    max_memory: Annotated[int | float | None, NoDecode] = Field(
+        None, description="Memory of all models together, as 32GB, 80% or bytes; most of what the machine has for models."
+    )
     kv_cache_gib: float | None = Field(None, gt=0, description="Memory of one model for keys and values, in GiB; a sixth of what is left.")
+    eviction: Eviction = Field("lru", description="Who leaves for another model: the least recently (lru) or least often (lfu) used.")
+    when_full: WhenFull = Field("queue", description="A model for which nobody can leave is waited for (queue) or refused.")
+    memory_wait_s: float = Field(120.0, ge=0, description="How long a request waits for memory, in seconds.")
+    keep_alive: Annotated[float | None, NoDecode] = Field(
+        None, description="A model that nobody has used for so long is unloaded, as 5m or 0; -1: never."
+    )
+    preload: Several = Field((), description="Models that are loaded at the start and stay, separated by commas.")
     prefix_disk_gib: float = Field(0.0, ge=0, description="Disk for prefixes that left memory, in GiB for each model; 0: none.")
     endpoint_priority: Several = Field((), description="Classes of priority by path, as /v1/completions=low, separated by commas.")
     ageing_s: float = Field(10.0, gt=0, description="Waiting time that outweighs a class of priority, in seconds.")
@@ -61,7 +101,17 @@ class Config(BaseSettings):
     def _paths(cls, value: object) -> object:
         return tuple(p for p in value.split(os.pathsep) if p) if isinstance(value, str) else value
 
-    @field_validator("allowed_hosts", "allowed_origins", "remote_media_hosts", "endpoint_priority", mode="before")
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _size(cls, value: object) -> object:
+        return parse_size(value) if isinstance(value, str) else value
+
+    @field_validator("keep_alive", mode="before")
+    @classmethod
+    def _duration(cls, value: object) -> object:
+        return parse_duration(value) if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts", "allowed_origins", "remote_media_hosts", "endpoint_priority", "preload", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         return tuple(n.strip() for n in value.split(",") if n.strip()) if isinstance(value, str) else value
@@ -92,6 +142,11 @@ class Config(BaseSettings):
     @property
     def prefix_dir(self) -> Path:
         return self.data_dir / "prefixes"
+
+    @property
+    def load_marks_dir(self) -> Path:
+        """Where it stands which model is being loaded."""
+        return self.data_dir / "loading"
 
     @property
     def reasoning_key_path(self) -> Path:

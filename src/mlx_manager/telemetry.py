@@ -15,6 +15,8 @@ from prometheus_client.registry import Collector
 
 from mlx_manager.core.exchange import Exchange
 from mlx_manager.inference.engine.engine import Engine
+from mlx_manager.inference.memory import RELIEF
+from mlx_manager.inference.pool import Pool
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 
@@ -33,9 +35,10 @@ def configure_logfire(processors: Sequence[SpanProcessor] = ()) -> None:
 class Metrics:
     """Series of one process. `record` is an exchange listener."""
 
-    def __init__(self, engines: Callable[[], Mapping[str, Engine]]) -> None:
+    def __init__(self, engines: Callable[[], Mapping[str, Engine]], further: Sequence[Collector] = ()) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engines))
+        for collector in (_EngineCollector(engines), *further):
+            self._registry.register(collector)
         labels = ("model", "backend")
         self._requests = Counter("mlx_manager_requests", "Requests, by how they ended.", (*labels, "outcome"), registry=self._registry)
         self._tokens = Counter("mlx_manager_tokens", "Tokens of finished requests.", (*labels, "kind"), registry=self._registry)
@@ -104,6 +107,46 @@ class _EngineCollector(Collector):
             prefilled.add_metric([model], engine.counters.prefilled_tokens)
             faults.add_metric([model], engine.counters.faults)
         yield from (running, waiting, steps, decoded, prefilled, faults, hits, fetched, preempted, evicted, blocks, allocated)
+
+
+class PoolCollector(Collector):
+    """Reads the pool's own counters when asked."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def collect(self) -> Iterator[Metric]:
+        loads = CounterMetricFamily("mlx_manager_model_loads", "Loads of models, by how they ended.", labels=("outcome",))
+        evictions = CounterMetricFamily("mlx_manager_model_evictions", "Models that left memory, by why.", labels=("reason",))
+        refusals = CounterMetricFamily("mlx_manager_memory_refusals", "Requests that there was no memory for.")
+        hot = GaugeMetricFamily("mlx_manager_models_hot", "Models in memory.")
+        part = GaugeMetricFamily("mlx_manager_memory_bytes", "Memory of the models, by part.", labels=("part",))
+        limit = GaugeMetricFamily("mlx_manager_memory_limit_bytes", "What all models together may take.")
+        relief = GaugeMetricFamily("mlx_manager_memory_relief", "1 while this is done because little memory is left.", labels=("step",))
+        counters, memory = self._pool.counters, self._pool.memory()
+        for outcome, number in counters.loads.items():
+            loads.add_metric([outcome], number)
+        for reason, number in counters.evictions.items():
+            evictions.add_metric([reason], number)
+        refusals.add_metric([], counters.refusals)
+        hot.add_metric([], sum(status.state == "ready" for status in self._pool.statuses()))
+        parts = {
+            "weights": memory.weights,
+            "adapters": memory.adapters,
+            "kv": memory.kv,
+            "prefill": memory.prefill,
+            "kv_in_use": memory.kv_in_use,
+            "in_use": memory.in_use,
+            "cached": memory.cached,
+        }
+        for name, num_bytes in parts.items():
+            if num_bytes is not None:
+                part.add_metric([name], num_bytes)
+        if memory.limit is not None:
+            limit.add_metric([], memory.limit)
+        for step in RELIEF:
+            relief.add_metric([step], step in memory.relief)
+        yield from (loads, evictions, refusals, hot, part, limit, relief)
 
 
 def trace_exchange(exchange: Exchange) -> None:

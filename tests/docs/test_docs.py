@@ -25,7 +25,7 @@ def test_every_setting_is_in_the_readme_and_every_documented_one_exists() -> Non
 
 def test_every_command_is_in_the_readme() -> None:
     commands = set(typer.main.get_command(cli).commands)  # type: ignore[attr-defined]
-    aliases = {"ls", "info", "chat"}
+    aliases = {"ls", "info", "chat", "unload"}
     named = set(re.findall(r"`(?:mlx-manager )?([a-z]+)(?: \[?[A-Z]+\]?)*`", README))
     assert commands - aliases <= named
 
@@ -39,7 +39,7 @@ def test_every_flag_of_serve_is_in_the_readme_and_every_documented_one_exists() 
 def test_every_route_is_in_the_readme_and_every_documented_one_exists(tmp_path: Path) -> None:
     app = application.build(Config(data_dir=tmp_path))
     routes = {(method.upper(), path.replace("model_id", "id")) for path, methods in app.openapi()["paths"].items() for method in methods}
-    documented = set(re.findall(r"`(GET|POST|DELETE) (/[^`]*)`", README)) - {("GET", "/openapi.json")}
+    documented = set(re.findall(r"`(GET|POST|PATCH|DELETE) (/[^`]*)`", README)) - {("GET", "/openapi.json")}
     assert documented == routes
 
 

@@ -28,7 +28,7 @@ from mlx_manager.hub.checkpoint import Checkpoint
 from mlx_manager.hub.fingerprint import fingerprint
 from mlx_manager.hub.local import find_models
 from mlx_manager.inference.engine.device import Device
-from mlx_manager.inference.loader import EngineLimits, SharedWeights
+from mlx_manager.inference.loader import EngineLimits, Progress, SharedWeights
 from mlx_manager.inference.lora import apply, base_arrays
 from mlx_manager.inference.pool import Pool
 from tests.inference.engine.tiny_models import tiny
@@ -54,7 +54,7 @@ def checkpoint(models: Path, id: str) -> Checkpoint:
 
 
 def load(weights: SharedWeights, models: Path, id: str) -> Any:
-    return weights.load(checkpoint(models, id), fingerprint(models / id.partition(":")[0]))
+    return weights.load(checkpoint(models, id), fingerprint(models / id.partition(":")[0]), Progress())
 
 
 def mlx_lms(models: Path, id: str) -> Any:
@@ -237,14 +237,11 @@ class Adapted:
 async def adapted(device: Device, models: Path) -> AsyncGenerator[Adapted]:
     adapted = Adapted(device, models)
     yield adapted
-    await forget(device, adapted.pool)
+    await forget(adapted.pool)
 
 
-async def forget(device: Device, pool: Pool) -> None:
-    engines = list(pool.engines().values())
+async def forget(pool: Pool) -> None:
     await within(pool.close())
-    for engine in engines:
-        await within(device.run(lambda engine=engine: device.detach(engine)))
 
 
 LONG = "Repeat after me: " + " ".join(["apple", "river", "stone", "green", "cloud"] * 12)
@@ -293,7 +290,7 @@ async def test_nor_on_the_disk(device: Device, models: Path, tmp_path: Path) -> 
     async def cached_after_a_start(id: str) -> int:
         adapted = Adapted(device, models, **disk)
         _, cached = await within(adapted.ask(id, LONG))
-        await forget(device, adapted.pool)
+        await forget(adapted.pool)
         return cached
 
     assert [await cached_after_a_start(id) for id in SAYS] == [0, 0, 0]
@@ -333,4 +330,4 @@ async def test_an_adapter_that_has_changed_since_it_was_found_fails_alone(device
     assert (await within(adapted.ask("qwen3", "Hello, I am Alice.")))[0] == SAYS["qwen3"]
     arrays.write_bytes(whole)
     assert (await within(adapted.ask("qwen3:pirate", "Hello, I am Alice.")))[0] == SAYS["qwen3:pirate"]
-    await forget(device, adapted.pool)
+    await forget(adapted.pool)

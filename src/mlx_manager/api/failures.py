@@ -20,6 +20,7 @@ from mlx_manager.core.errors import (
     MLXManagerError,
     ModelLoadFailed,
     ModelNotFound,
+    NotEnoughMemory,
     NotFound,
     Overloaded,
     StorageFull,
@@ -52,6 +53,8 @@ def failure(error: Exception, path: str) -> Failure:
             return Failure(503, "server_error", code, error.message, retry=False, retry_after_s=wait_s)
         case StorageFull():
             return Failure(507, "server_error", "storage_full", error.message, retry=False)
+        case NotEnoughMemory():
+            return Failure(503, "server_error", "model_loading", error.message, retry_after_s=error.retry_after_s)
         case Overloaded():
             return Failure(503, "server_error", "queue_full", error.message, retry_after_s=error.retry_after_s)
         case ModelLoadFailed():

@@ -98,6 +98,7 @@ def _model(status: ModelStatus) -> dict[str, Any]:
         "lifecycle": "active",
         "max_input_tokens": checkpoint.context_length,
         "max_tokens": checkpoint.context_length,
+        "context_length": checkpoint.context_length,
         "state": status.state,
         "kind": checkpoint.kind,
         "features": _FEATURES[checkpoint.kind],

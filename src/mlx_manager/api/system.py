@@ -8,7 +8,8 @@ from starlette.responses import JSONResponse, Response
 
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.inference.engine.engine import CacheState
-from mlx_manager.inference.pool import ModelStatus, State
+from mlx_manager.inference.entry import State
+from mlx_manager.inference.pool import ModelStatus
 
 router = APIRouter(tags=["System"])
 
@@ -97,6 +98,8 @@ async def ready(services: ServicesDep) -> JSONResponse:
         return JSONResponse({"status": "draining"}, 503)
     if not services.device.is_alive:
         return JSONResponse({"status": "engine down"}, 503)
+    if services.pool.is_preloading:
+        return JSONResponse({"status": "loading"}, 503)
     return JSONResponse({"status": "ready"})
 
 

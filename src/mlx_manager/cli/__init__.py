@@ -13,6 +13,7 @@ import typer
 from mlx_manager.cli.bench import bench
 from mlx_manager.cli.chat import run
 from mlx_manager.cli.examine import doctor
+from mlx_manager.cli.memory import load, ps, stop
 from mlx_manager.cli.models import list_models, show
 from mlx_manager.cli.serve import serve
 from mlx_manager.cli.status import status
@@ -52,6 +53,10 @@ app.command("ls", hidden=True, help="Same as list.")(list_models)
 app.command("show")(show)
 app.command("info", hidden=True, help="Same as show.")(show)
 app.command("status")(status)
+app.command("load")(load)
+app.command("stop")(stop)
+app.command("unload", hidden=True, help="Same as stop.")(stop)
+app.command("ps")(ps)
 app.command("doctor")(doctor)
 app.command("bench")(bench)
 

@@ -70,7 +70,7 @@ def _engine(config: "Config") -> "Generator[tuple[asyncio.Runner, Gateway]]":
 
     logging.basicConfig(level=logging.DEBUG if config.log_level == "debug" else logging.CRITICAL)
     with asyncio.Runner() as runner:
-        services = app.build_services(config)
+        services = app.build_services(config, remembers_loads=False)
         services.device.start()
         try:
             yield runner, services.gateway

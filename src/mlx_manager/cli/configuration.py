@@ -1,15 +1,17 @@
 """From flags and environment to a `Config`, and what follows from one: the models it finds, the address it has."""
 # ruff: noqa: PLC0415 - Config is pydantic, which takes a while to import: `--help` does without
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_manager.cli.terminal import USAGE, fail, warn
+from mlx_manager.cli.terminal import FAILED, NO_SERVER, USAGE, fail, warn
 
 if TYPE_CHECKING:
+    from mlx_manager.cli.remote import Server
     from mlx_manager.config import Config
     from mlx_manager.hub.checkpoint import Checkpoint
     from mlx_manager.hub.client import Hub
@@ -35,6 +37,7 @@ AdaptersDir = Annotated[
         help="Folder whose subfolders are LoRA adapters; can be repeated. [env: MLX_MANAGER_ADAPTERS_DIR]",
     ),
 ]
+ServerUrl = Annotated[str | None, typer.Option("--host", metavar="URL", help="Where the server is. [default: http://127.0.0.1:10242]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
 
@@ -56,6 +59,21 @@ def configured(**flags: object) -> "Config":
         if not folder.is_dir():
             warn(f"There is no adapters folder {folder}.")
     return config
+
+
+@contextmanager
+def asked(host: str | None) -> "Generator[Server]":
+    """The server at an address, or where this machine's would be. Ends the command if it does not answer, or not as it was asked to."""
+    from mlx_manager.cli.remote import NoAnswer, Refused, Server
+
+    config = configured()
+    url = address(config.host, config.port) if host is None else host if "://" in host else f"http://{host}"
+    try:
+        yield Server(url, config.api_key.get_secret_value() if config.api_key else None)
+    except NoAnswer as error:
+        fail(str(error), NO_SERVER)
+    except Refused as error:
+        fail(str(error), FAILED)
 
 
 def _complaint(field: str, message: str) -> str:

@@ -1,7 +1,10 @@
 """Asking a server that runs: ours, or whatever else answers there."""
 
-from typing import Any
-from urllib.parse import urlsplit
+import json
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+from urllib.parse import quote, urlsplit
 
 import httpx2
 
@@ -16,33 +19,82 @@ class Refused(Exception):
     """A server answered, and not with what was asked for. Its text is a sentence."""
 
 
-def read_status(url: str, key: str | None) -> dict[str, Any]:
-    """What `/api/status` says. Raises `NoAnswer` and `Refused`."""
-    headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    try:
-        with _client(url) as client:
-            reply = client.get(f"{url.rstrip('/')}/api/status", headers=headers)
-    except httpx2.InvalidURL as error:
-        raise NoAnswer(f"{url} is no address of a server: {error}.") from error
-    except httpx2.HTTPError as error:
-        raise NoAnswer(f"No server answers at {url}. Start one with: mlx-manager serve") from error
-    if reply.status_code == 401:
-        raise Refused(f"The server at {url} wants its API key: set MLX_MANAGER_API_KEY to it.")
-    try:
-        status: Any = reply.json()
-    except ValueError:
-        status = None
-    if not isinstance(status, dict) or "models" not in status:
-        if _is_ours(reply):
-            raise Refused(f"The server at {url} answered with status {reply.status_code}.")
-        raise NoAnswer(f"What answers at {url} is not MLX Manager.")
-    return status  # pyright: ignore[reportUnknownVariableType]
+class Server:
+    """A server at an address, with its key if it has one. Everything raises `NoAnswer` and `Refused`."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
+
+    def status(self) -> dict[str, Any]:
+        """What `/api/status` says."""
+        return self._object(self._send("GET", "/api/status"))
+
+    def models(self) -> dict[str, Any]:
+        """What `/api/models` says."""
+        return self._object(self._send("GET", "/api/models"))
+
+    def unload(self, model: str) -> dict[str, Any]:
+        """The model afterwards. Waits for the replies that it is writing."""
+        return self._object(self._send("POST", f"/api/models/{quote(model)}/unload", timeout_s=None))
+
+    def load(self, model: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The events of a load, by name, until it is over."""
+        with self._reached(), _client(self.url, None) as client:
+            request = client.build_request("POST", f"{self.url}/api/models/{quote(model)}/load", headers=self._headers, json=dict(options))
+            reply = client.send(request, stream=True)
+            try:
+                if reply.status_code != 200:
+                    reply.read()
+                    raise self._refused(reply)
+                name = ""
+                for line in reply.iter_lines():
+                    field, _, value = line.partition(": ")
+                    if field == "event":
+                        name = value
+                    elif field == "data":
+                        yield name, json.loads(value)
+            finally:
+                reply.close()
+
+    def _send(self, method: str, path: str, *, timeout_s: float | None = TIMEOUT_S) -> httpx2.Response:
+        with self._reached(), _client(self.url, timeout_s) as client:
+            return client.request(method, f"{self.url}{path}", headers=self._headers)
+
+    @contextmanager
+    def _reached(self) -> Generator[None]:
+        try:
+            yield
+        except httpx2.InvalidURL as error:
+            raise NoAnswer(f"{self.url} is no address of a server: {error}.") from error
+        except httpx2.HTTPError as error:
+            raise NoAnswer(f"No server answers at {self.url}. Start one with: mlx-manager serve") from error
+
+    def _object(self, reply: httpx2.Response) -> dict[str, Any]:
+        try:
+            told: Any = reply.json()
+        except ValueError:
+            told = None
+        if reply.status_code != 200 or not isinstance(told, dict) or not _is_ours(reply):
+            raise self._refused(reply)
+        return cast(dict[str, Any], told)
+
+    def _refused(self, reply: httpx2.Response) -> NoAnswer | Refused:
+        if not _is_ours(reply):
+            return NoAnswer(f"What answers at {self.url} is not MLX Manager.")
+        if reply.status_code == 401:
+            return Refused(f"The server at {self.url} wants its API key: set MLX_MANAGER_API_KEY to it.")
+        try:
+            detail: Any = reply.json().get("detail")
+        except (ValueError, AttributeError):
+            detail = None
+        return Refused(detail if isinstance(detail, str) else f"The server at {self.url} answered with status {reply.status_code}.")
 
 
 def is_us(url: str) -> bool:
     """Whether an MLX Manager answers there; no key is needed to ask."""
     try:
-        with _client(url) as client:
+        with _client(url, TIMEOUT_S) as client:
             return _is_ours(client.get(f"{url}/health"))
     except (httpx2.HTTPError, httpx2.InvalidURL):
         return False
@@ -52,6 +104,8 @@ def _is_ours(reply: httpx2.Response) -> bool:
     return reply.headers.get("x-request-id", "").startswith("req_")
 
 
-def _client(url: str) -> httpx2.Client:
+def _client(url: str, timeout_s: float | None) -> httpx2.Client:
+    """`timeout_s` None: a reply may take as long as it likes, but not the connection to it."""
     is_here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    return httpx2.Client(timeout=TIMEOUT_S, trust_env=not is_here)  # a proxy has no business on the way to ourselves
+    timeout = httpx2.Timeout(timeout_s, connect=TIMEOUT_S)
+    return httpx2.Client(timeout=timeout, trust_env=not is_here)  # a proxy has no business on the way to ourselves

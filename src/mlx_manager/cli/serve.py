@@ -52,8 +52,24 @@ def serve(
         int | None, typer.Option(metavar="N", help="Prompt tokens that a model computes at most between two decode steps. [default: 2048]")
     ] = None,
     step_ms: Annotated[float | None, typer.Option(metavar="MS", help="What a step aims at while replies run. [default: 50]")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of all models together: 32GB, 80% or bytes. [default: most of the machine's]")
+    ] = None,
     kv_cache_gib: Annotated[
         float | None, typer.Option(metavar="GIB", help="Memory of one model for keys and values. [default: a sixth of what is left]")
+    ] = None,
+    eviction: Annotated[str | None, typer.Option(metavar="POLICY", help="Who leaves for another model: lru or lfu. [default: lru]")] = None,
+    when_full: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="What happens if nobody can leave: queue or refuse. [default: queue]")
+    ] = None,
+    memory_wait_s: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How long a request waits for memory. [default: 120]")
+    ] = None,
+    keep_alive: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long a model stays that nobody uses: 5m, 0, or -1 for ever. [default: -1]")
+    ] = None,
+    preload: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="A model that is loaded at the start and stays; can be repeated.")
     ] = None,
     prefix_disk_gib: Annotated[
         float | None, typer.Option(metavar="GIB", help="Disk for prefixes that left memory, for each model. [default: 0]")
@@ -95,7 +111,13 @@ def serve(
         max_batch=max_batch,
         prefill_budget=prefill_budget,
         step_ms=step_ms,
+        max_memory=max_memory,
         kv_cache_gib=kv_cache_gib,
+        eviction=eviction,
+        when_full=when_full,
+        memory_wait_s=memory_wait_s,
+        keep_alive=keep_alive,
+        preload=preload,
         prefix_disk_gib=prefix_disk_gib,
         endpoint_priority=endpoint_priority,
         ageing_s=ageing_s,

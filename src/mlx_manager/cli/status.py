@@ -1,36 +1,24 @@
 """`status`: what a running server is doing."""
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from mlx_manager.cli.configuration import AsJson, address, configured
-from mlx_manager.cli.terminal import FAILED, NO_SERVER, fail, print_json, print_table, say, size, tokens
+from mlx_manager.cli.configuration import AsJson, ServerUrl, asked
+from mlx_manager.cli.terminal import print_json, print_table, say, size, tokens
 
 
 def status(
-    host: Annotated[
-        str | None, typer.Option("--host", metavar="URL", help="Where the server is. [default: http://127.0.0.1:10242]")
-    ] = None,
+    host: ServerUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a running server is doing; its key, if it has one, is taken from MLX_MANAGER_API_KEY."""
-    from mlx_manager.cli.remote import NoAnswer, Refused, read_status  # noqa: PLC0415 - an HTTP client is not for `--help`
-
-    config = configured()
-    url = address(config.host, config.port) if host is None else host if "://" in host else f"http://{host}"
-    try:
-        told = read_status(url, config.api_key.get_secret_value() if config.api_key else None)
-    except NoAnswer as error:
-        fail(str(error), NO_SERVER)
-    except Refused as error:
-        fail(str(error), FAILED)
+    with asked(host) as server:
+        told = server.status()
     if as_json:
         print_json(told)
         return
     num = told["num_in_flight"]
     say(
-        f"MLX Manager {told['version']} at {url}: {'shutting down, ' if told['draining'] else ''}"
+        f"MLX Manager {told['version']} at {server.url}: {'shutting down, ' if told['draining'] else ''}"
         f"{num} request{'' if num == 1 else 's'} under way"
     )
     if told["models"]:

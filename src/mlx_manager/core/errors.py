@@ -11,7 +11,9 @@ MLXManagerError
 │   └── HubRefused            the Hub wants a token, another one, or its terms accepted
 ├── BackendError              another backend can, or the same one later
 │   ├── Overloaded            too many wait already, or the server is draining
+│   │   └── NotEnoughMemory   there is no room now for what the request needs
 │   ├── ModelLoadFailed       the model is there and would not load
+│   │   └── ModelTooLarge     there is never room for it
 │   ├── TimedOut              it took longer than it may
 │   ├── HubUnavailable        the Hub did not answer as it should, or nobody may ask it
 │   └── StorageFull           the disk has no room for it
@@ -107,8 +109,28 @@ class Overloaded(BackendError):
         self.retry_after_s = retry_after_s
 
 
+class NotEnoughMemory(Overloaded):
+    """Both in bytes; what is `needed` is named in the message."""
+
+    def __init__(self, what: str, *, needed: int, available: int) -> None:
+        super().__init__(
+            f"{what} needs {gigabytes(needed)}, and only {gigabytes(available)} are available. Please try again later.", retry_after_s=10
+        )
+        self.needed = needed
+        self.available = available
+
+
 class ModelLoadFailed(BackendError):
     pass
+
+
+class ModelTooLarge(ModelLoadFailed):
+    """Both in bytes."""
+
+    def __init__(self, model: str, *, needed: int, limit: int) -> None:
+        super().__init__(f"The model '{model}' needs {gigabytes(needed)}, and all models together may take {gigabytes(limit)}.")
+        self.needed = needed
+        self.limit = limit
 
 
 class TimedOut(BackendError):
@@ -130,3 +152,8 @@ class StorageFull(BackendError):
 
 class EngineFault(MLXManagerError):
     pass
+
+
+def gigabytes(num_bytes: int) -> str:
+    """For a message: of what is small, enough digits to tell sizes apart."""
+    return f"{num_bytes / 1e9:.{1 if num_bytes >= 1e9 else 3}f} GB"

@@ -33,7 +33,11 @@ class LocalBackend:
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         prepared = await prepare(self._pool, self._media, request)
         yield Started(prepared.prompt_tokens, prepared.unused)
-        async with self._pool.lend(request.model) as model, aclosing(model.generate(prepared)) as events:
+        deadline = prepared.specs[0].deadline
+        async with (
+            self._pool.lend(request.model, priority=request.priority, deadline=deadline) as model,
+            aclosing(model.generate(prepared)) as events,
+        ):
             async for event in events:
                 yield event
 

@@ -129,6 +129,17 @@ class Embedder:
     def flush(self) -> None:
         """A turn leaves nothing behind."""
 
+    def close(self) -> None:
+        """Nor does it keep anything for the next start."""
+
+    def limit_pass(self, num_tokens: int) -> None:
+        """So many tokens a turn at most. From any thread."""
+
+        def limit() -> None:
+            self._pace.max_budget = num_tokens
+
+        self._device.post(limit)
+
     def _compute(self, rows: Sequence[Row]) -> np.ndarray:
         columns = max(len(row.tokens) for row in rows)
         tokens, mask, types = (np.zeros((len(rows), columns), np.int32) for _ in range(3))

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -48,6 +48,12 @@ class Encoder:
         self._pooling = _classifier_pooling(config) if self._scores else read_pooling(path, config)
         self._model = _load(path, self._module, config, scores=self._scores)
         self._dtype = _float_type(self._model)
+
+    @property
+    def weight_bytes(self) -> int:
+        from mlx.utils import tree_flatten
+
+        return sum(array.nbytes for _, array in cast(list[Any], tree_flatten(self._model.parameters())))
 
     def wait(self) -> None:
         """Until the device has done what others gave it."""

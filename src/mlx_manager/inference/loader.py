@@ -10,7 +10,6 @@ import base64
 import importlib
 import json
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Container, Mapping
@@ -23,6 +22,8 @@ from mlx_manager.core.requests import Conversation, GenerationRequest
 from mlx_manager.hub.adapters import check_fit
 from mlx_manager.hub.checkpoint import EMBEDDING_MODULES, Checkpoint
 from mlx_manager.hub.fingerprint import adapter_fingerprint, fingerprint
+from mlx_manager.inference import memory
+from mlx_manager.inference.blas import give_back_freed_memory
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.embedder import Embedder
 from mlx_manager.inference.encoder import Encoder
@@ -32,7 +33,7 @@ from mlx_manager.inference.engine.disk_tier import DiskTier
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.pace import Pace
 from mlx_manager.inference.engine.prefix import PrefixKeys
-from mlx_manager.inference.engine.scheduler import Policy, Scheduler
+from mlx_manager.inference.engine.scheduler import PassCost, Policy, Scheduler
 from mlx_manager.inference.families.detect import detect
 from mlx_manager.inference.picture_reader import PictureReader
 from mlx_manager.inference.text_reader import TextReader
@@ -43,14 +44,16 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
     """`max_sequences` are decoded together. A step computes at most `prefill_budget` prompt tokens, and as many fewer as it takes to stay
-    within `step_s` seconds while others decode. `kv_bytes` is the share of a model for keys and values; None: a sixth of the memory
-    that the weights leave. `ageing_s` of waiting are worth a class of priority. `check_every` and `ahead`: see `Engine`; None: unless
-    the device is the CPU. Prefixes that left memory are kept in `disk_folder`, up to `disk_bytes` for a model."""
+    within `step_s` seconds while others decode. `kv_bytes` is the share of a model for keys and values, and `pass_bytes` what a pass over a
+    piece of a prompt may take; None: the pool decides for each model. `ageing_s` of waiting are worth a class of priority. `check_every`
+    and `ahead`: see `Engine`; None: unless the device is the CPU. Prefixes that left memory are kept in `disk_folder`, up to `disk_bytes`
+    for a model."""
 
     max_sequences: int = 32
     prefill_budget: int = 2048
     step_s: float = 0.05
     kv_bytes: int | None = None
+    pass_bytes: int | None = None
     ageing_s: float = 10.0
     check_every: int = 0
     ahead: bool | None = None
@@ -154,13 +157,20 @@ def _shorter(config: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Containe
     return ()
 
 
-def load_embedder(checkpoint: Checkpoint, device: Device, limits: EngineLimits) -> Embedder:
-    """Reads the weights of an embedding or reranking model. On the device thread."""
+def load_embedder(checkpoint: Checkpoint, device: Device, limits: EngineLimits) -> tuple[Embedder, int]:
+    """Reads the weights of an embedding or reranking model; how many bytes they take. On the device thread."""
     import_libraries()
     encoder = Encoder(checkpoint.path, checkpoint.kind)
     embedder = Embedder(device, encoder, Pace(limits.prefill_budget, limits.step_s))
     device.attach(embedder)
-    return embedder
+    return embedder, encoder.weight_bytes
+
+
+@dataclass(slots=True)
+class Progress:
+    """How much of a model's weights has been read; written on the device thread, read anywhere."""
+
+    read_bytes: int = 0
 
 
 class SharedWeights:
@@ -170,10 +180,9 @@ class SharedWeights:
     def __init__(self) -> None:
         self._models: list[tuple[tuple[Path, str], weakref.ref[Any]]] = []
 
-    def load(self, checkpoint: Checkpoint, key: str) -> Any:
+    def load(self, checkpoint: Checkpoint, key: str, progress: Progress) -> Any:
         """A model of its own, with its adapter, on weights that are read if nobody has them. Raises `Unusable` for an adapter that does
         not fit any more."""
-        import mlx.core as mx
         from mlx_lm.utils import load_model
 
         from mlx_manager.inference.lora import apply, base_arrays
@@ -184,7 +193,7 @@ class SharedWeights:
         model, _ = load_model(checkpoint.path, lazy=True, trust_remote_code=False)
         if lender is not None:
             model.load_weights(list(base_arrays(lender).items()))
-        mx.eval(model.parameters())
+        _read_weights(model, progress)
         if checkpoint.adapter is not None:
             check_fit(checkpoint.adapter, checkpoint)
             apply(checkpoint.adapter, model)
@@ -192,18 +201,50 @@ class SharedWeights:
         return model
 
 
-def load_engine(checkpoint: Checkpoint, dialect: Dialect, device: Device, limits: EngineLimits, weights: SharedWeights) -> Engine:
-    """Reads the weights and makes the engine that runs them. On the device thread."""
+_PIECE_BYTES = 256 << 20
+
+
+def _read_weights(model: Any, progress: Progress) -> None:
+    """In pieces, so that it can be told how far it is."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    piece: list[Any] = []
+    piece_bytes = 0
+    for _, array in cast(list[Any], tree_flatten(model.parameters())):
+        piece.append(array)
+        piece_bytes += array.nbytes
+        if piece_bytes >= _PIECE_BYTES:
+            mx.eval(piece)
+            progress.read_bytes += piece_bytes
+            piece, piece_bytes = [], 0
+    mx.eval(piece)
+    progress.read_bytes += piece_bytes
+
+
+def load_engine(
+    checkpoint: Checkpoint, dialect: Dialect, device: Device, limits: EngineLimits, weights: SharedWeights, progress: Progress
+) -> tuple[Engine, int]:
+    """Reads the weights and makes the engine that runs them; how many bytes the weights take, without an adapter's. On the device
+    thread."""
     import_libraries()
     key = fingerprint(checkpoint.path)
     adapter_key = "" if checkpoint.adapter is None else adapter_fingerprint(checkpoint.adapter)
-    model = load_weights(checkpoint, key, dialect, weights)
-    engine = make_engine(model, device, limits, vocab_size=dialect.vocab_size, model_key=key, adapter_key=adapter_key)
+    model = load_weights(checkpoint, key, dialect, weights, progress)
+    engine = make_engine(
+        model,
+        device,
+        limits,
+        vocab_size=dialect.vocab_size,
+        model_key=key,
+        adapter_key=adapter_key,
+        cost=PassCost(*memory.pass_cost(checkpoint)),
+    )
     device.attach(engine)
-    return engine
+    return engine, _weight_bytes(model) - (0 if checkpoint.adapter is None else checkpoint.adapter.size_bytes)
 
 
-def load_weights(checkpoint: Checkpoint, key: str, dialect: Dialect, weights: SharedWeights) -> Any:
+def load_weights(checkpoint: Checkpoint, key: str, dialect: Dialect, weights: SharedWeights, progress: Progress) -> Any:
     """The model; one that can be shown pictures as a `PictureModel`. On the device thread."""
     path = checkpoint.path
     if dialect.pictures is not None:
@@ -216,7 +257,7 @@ def load_weights(checkpoint: Checkpoint, key: str, dialect: Dialect, weights: Sh
         if problem is None:
             return model
         log.warning("%s cannot be shown pictures: %s", path.name, problem)
-    return weights.load(checkpoint, key)
+    return weights.load(checkpoint, key, progress)
 
 
 # A gray square: 8 x 8 pixels, PNG.
@@ -224,24 +265,35 @@ _GRAY = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQV
 _SHOWN = GenerationRequest("", (Conversation((Message("user", (Image(_GRAY), "What is this?")),)),), max_tokens=1)
 
 
-def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size: int, model_key: str, adapter_key: str = "") -> Engine:
+def make_engine(
+    model: Any,
+    device: Device,
+    limits: EngineLimits,
+    *,
+    vocab_size: int,
+    model_key: str,
+    adapter_key: str = "",
+    cost: PassCost | None = None,
+) -> Engine:
     """The engine for a loaded model. On the device thread."""
     import mlx.core as mx
 
     from mlx_manager.inference.engine import paged_attention
-    from mlx_manager.inference.engine.lanes import choose_cache, num_blocks_within
+    from mlx_manager.inference.engine.lanes import choose_cache, num_blocks_within, state_bytes_within
     from mlx_manager.inference.engine.picture_model import PictureModel
     from mlx_manager.inference.engine.runner import Runner
 
     backend = paged_attention.backend()
-    kv_bytes = limits.kv_bytes or _default_kv_bytes(_weight_bytes(model))
+    kv_bytes = memory.UNKNOWN_KV_BYTES if limits.kv_bytes is None else limits.kv_bytes
     cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend))
     num_blocks = num_blocks_within(cache, kv_bytes)
     policy = Policy(
+        cost=cost,
+        max_pass_bytes=limits.pass_bytes,
         max_sequences=limits.max_sequences if cache.max_rows is None else min(limits.max_sequences, cache.max_rows),
         ageing_s=limits.ageing_s,
         max_row_tokens=(num_blocks - 1) * BLOCK_TOKENS if cache.pads_rows else None,
-        max_scores=_SCORE_BYTES // (4 * _num_query_heads(model)),
+        max_scores=memory.SCORE_BYTES // (4 * _num_query_heads(model)),
         needs_states=cache.needs_states,
     )
     log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks - 1, BLOCK_TOKENS)
@@ -260,14 +312,10 @@ def make_engine(model: Any, device: Device, limits: EngineLimits, *, vocab_size:
         scheduler,
         pace,
         ahead=ahead,
-        max_state_bytes=kv_bytes // 4,
+        max_state_bytes=state_bytes_within(cache, kv_bytes),
         disk=disk,
         check_every=limits.check_every,
     )
-
-
-# What the scores of one layer's attention may take while a prompt is computed: queries x keys x heads, in float32.
-_SCORE_BYTES = 512 << 20
 
 
 def _num_query_heads(model: Any) -> int:
@@ -284,16 +332,67 @@ def _weight_bytes(model: Any) -> int:
     return sum(cast(Any, array).nbytes for _, array in tree_flatten(model.parameters()))
 
 
-def _default_kv_bytes(weight_bytes: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """`active` and `cached` of MLX, `available` and `total` of the machine, in bytes."""
+
+    active: int
+    cached: int
+    available: int
+    total: int
+
+
+# Of what a GPU is good for, and of the memory of a machine without one, which the rest of it needs as well.
+_GPU_SHARE = 0.9
+_RAM_SHARE = 0.7
+_CACHE_SHARE = 16
+_MOST_CACHE_BYTES = 2 << 30
+
+
+def machine_bytes() -> int:
+    """What models could have of this machine at most: what Metal recommends, what the card has, or the memory that there is. On the
+    device thread."""
+    import mlx.core as mx
+    import psutil
+
+    total = psutil.virtual_memory().total
+    if mx.default_device() == mx.Device(mx.cpu):
+        return total
+    info = mx.device_info()
+    return min(total, int(info.get("max_recommended_working_set_size") or info.get("memory_size") or total))
+
+
+def machine_limit() -> int:
+    """What is theirs if nothing is said. On the device thread."""
     import mlx.core as mx
 
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if mx.metal.is_available():
-        total = min(total, int(mx.device_info()["max_recommended_working_set_size"]))
-    return max(_SMALLEST_KV_BYTES, (total - weight_bytes) // 6)
+    return int(machine_bytes() * (_RAM_SHARE if mx.default_device() == mx.Device(mx.cpu) else _GPU_SHARE))
 
 
-_SMALLEST_KV_BYTES = 64 << 20
+def memory_limit(said: int | float | None) -> int:
+    """Bytes, a share of the machine's, or None; what MLX keeps for reuse is held to a small part of it. On the device thread."""
+    import mlx.core as mx
+
+    limit = machine_limit() if said is None else int(said * machine_bytes()) if isinstance(said, float) else said
+    mx.set_cache_limit(min(_MOST_CACHE_BYTES, limit // _CACHE_SHARE))
+    return limit
+
+
+def memory_in_use() -> Usage:
+    """On the device thread."""
+    import mlx.core as mx
+    import psutil
+
+    machine = psutil.virtual_memory()
+    return Usage(mx.get_active_memory(), mx.get_cache_memory(), machine.available, machine.total)
+
+
+def free() -> None:
+    """Gives back what is held for reuse. On the device thread, where arrays are freed."""
+    import mlx.core as mx
+
+    mx.clear_cache()
+    give_back_freed_memory()
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ class KeepsNothing:
     takes_pictures = False
     block_bytes = 1
     allocated_bytes = 0
+    host_bytes = 0
     state_bytes = 0
 
     def start(self, pending: Any) -> None: ...

@@ -462,3 +462,12 @@ async def test_a_device_that_has_stopped_says_so(own_device: Device) -> None:
 
 def test_a_device_that_never_started_can_be_stopped() -> None:
     Device().stop()
+
+
+async def test_the_pieces_of_prompts_are_made_smaller_while_it_runs(device: Device) -> None:
+    runner = Counting()
+    async with attached(device, engine_of(device, runner, prefill_budget=40)) as engine:
+        await within(receive(engine, [SequenceSpec(tuple(range(81)), 1, GREEDY)]))
+        engine.limit_pass(20)
+        await within(receive(engine, [SequenceSpec(tuple(range(100, 181)), 1, GREEDY)]))
+    assert [chunk.stop - chunk.start for chunk in runner.prefilled] == [40, 40, 20, 20, 20, 20]

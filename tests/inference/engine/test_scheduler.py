@@ -11,7 +11,7 @@ from mlx_manager.core.requests import Priority
 from mlx_manager.inference.engine import prefix
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Content
 from mlx_manager.inference.engine.prefix import PrefixKeys
-from mlx_manager.inference.engine.scheduler import Fork, Plan, Policy, Scheduler
+from mlx_manager.inference.engine.scheduler import Fork, PassCost, Plan, Policy, Scheduler
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, TokenSampling
 
 KEYS = PrefixKeys("model", "layout")
@@ -774,7 +774,9 @@ def test_a_low_one_is_sent_away_only_so_often_however_many_high_ones_come() -> N
 
 
 @pytest.mark.parametrize("prompt_length", [1, 31, 32, 33, 64, 127])
-@pytest.mark.parametrize("policy", [{}, {"max_row_tokens": 128}, {"needs_states": True}, {"max_scores": 1}])
+@pytest.mark.parametrize(
+    "policy", [{}, {"max_row_tokens": 128}, {"needs_states": True}, {"max_scores": 1}, {"cost": PassCost(10, 1), "max_pass_bytes": 138}]
+)
 def test_a_lone_sequence_runs_to_the_end_of_all_there_is(prompt_length: int, policy: dict[str, Any]) -> None:
     scheduler = scheduler_with(num_blocks=4, **policy)
     assert scheduler.max_tokens == 128
@@ -824,6 +826,29 @@ def test_a_chunk_attends_to_no_more_at_once_than_there_may_be_scores() -> None:
             assert sizes[-1] * chunk.stop <= 5_000
     assert sum(sizes) == 299
     assert sizes[0] > sizes[-1]
+
+
+def test_the_pieces_of_a_step_take_no_more_than_a_pass_may() -> None:
+    several = [sequence(300), sequence(200), sequence(40)]
+    cost = PassCost(token_bytes=50, pair_bytes=1)
+    scheduler = scheduler_with(several, cost=cost, max_pass_bytes=20_000)
+    num_together = 0
+    while not all(s.finished for s in several):
+        plan = step(scheduler)
+        assert sum(cost.of(chunk.stop - chunk.start, chunk.start) for chunk in plan.prefill) <= 20_000
+        num_together = max(num_together, len(plan.prefill))
+    assert num_together > 1
+
+
+def test_a_sequence_is_no_longer_than_its_last_piece_can_be_computed() -> None:
+    scheduler = scheduler_with(cost=PassCost(token_bytes=50, pair_bytes=2), max_pass_bytes=450)
+    assert scheduler.max_tokens == 200
+    s = sequence(199, max_tokens=1)
+    scheduler.add(s)
+    while not s.finished:
+        for chunk in step(scheduler).prefill:
+            assert (chunk.stop - chunk.start) * (50 + 2 * chunk.stop) <= 450
+    assert scheduler_with(cost=PassCost(50, 2), max_pass_bytes=10).max_tokens == 0
 
 
 def test_where_layers_keep_states_chunks_end_where_blocks_end() -> None:

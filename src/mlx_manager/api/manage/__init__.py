@@ -1,1 +1,1 @@
-"""`/api` for whoever runs the server: one module a screen."""
+"""What is managed from a browser or a command: one file a screen."""

@@ -25,6 +25,10 @@ class Content:
     resumable: bool
 
 
+def _nothing(block: int, content: Content) -> None:
+    pass
+
+
 class BlockPool:
     """Blocks 1 … `num_blocks` - 1, each of them exactly one of: free, held (by at least one reference), or cached (held by nobody,
     findable by its digest, the least recently used first in line for reuse). Owned by the device thread.
@@ -32,7 +36,7 @@ class BlockPool:
     `on_forget(block, content)` is called when a block stops being findable, before anybody can write to it.
     """
 
-    def __init__(self, num_blocks: int, on_forget: Callable[[int, Content], None] = lambda block, content: None) -> None:
+    def __init__(self, num_blocks: int, on_forget: Callable[[int, Content], None] = _nothing) -> None:
         assert num_blocks >= 2, "the null block and one more"
         self.num_blocks = num_blocks
         self.on_forget = on_forget
@@ -42,6 +46,10 @@ class BlockPool:
         self._content: dict[int, Content] = {}
         self._by_digest: dict[Digest, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
+
+    def forget_nothing(self) -> None:
+        """Nobody is told any more."""
+        self.on_forget = _nothing
 
     @property
     def num_usable(self) -> int:

@@ -131,15 +131,12 @@ class States:
         self._in_rows: list[Sequence | None] = []
         self._own: dict[Sequence, list[ArraysCache]] = {}
         self._of_block: dict[int, list[State]] = {}
+        self.block_bytes = 0
+        """Of what is kept for blocks."""
 
     @property
     def are_needed(self) -> bool:
         return bool(self._zeros)
-
-    @property
-    def block_bytes(self) -> int:
-        """Of what is kept for blocks."""
-        return sum(a.nbytes for states in self._of_block.values() for state in states for a in state if a is not None)
 
     def begin(self, sequence: Sequence, block: int | None) -> None:
         """A sequence goes on from the end of a block, or begins with nothing."""
@@ -188,10 +185,12 @@ class States:
     # ---- of blocks
 
     def save(self, block: int, states: list[State]) -> None:
+        self.drop(block)
         self._of_block[block] = states
+        self.block_bytes += _num_bytes(states)
 
     def drop(self, block: int) -> None:
-        self._of_block.pop(block, None)
+        self.block_bytes -= _num_bytes(self._of_block.pop(block, []))
 
     def export(self, block: int) -> dict[str, np.ndarray]:
         """A state's name says its layer, its place there and its type; bfloat16 as its bits."""
@@ -212,8 +211,12 @@ class States:
                 return False
             pairs = zip(found, zeros, strict=True)
             states.append([None if a is None or zero is None else device_array(a, zero.dtype) for a, zero in pairs])
-        self._of_block[block] = states
+        self.save(block, states)
         return True
+
+
+def _num_bytes(states: list[State]) -> int:
+    return sum(a.nbytes for state in states for a in state if a is not None)
 
 
 def host_view(array: mx.array) -> np.ndarray:

@@ -92,14 +92,18 @@ class Device:
 
     def _loop(self) -> None:
         while self._empty_inbox(wait=not any(engine.has_work for engine in self._engines)):
-            working = [engine for engine in self._engines if engine.has_work]
-            for engine in working:
-                _guarded(engine.step)
-                if len(working) > 1 or not self._inbox.empty():
-                    _guarded(engine.flush)
+            self._take_turns()
         self._engines.clear()
         self._ended.set()
         threading.Event().wait()
+
+    def _take_turns(self) -> None:
+        """A function of its own, so that this thread holds no engine while it waits: one that has been detached is to be freed."""
+        working = [engine for engine in self._engines if engine.has_work]
+        for engine in working:
+            _guarded(engine.step)
+            if len(working) > 1 or not self._inbox.empty():
+                _guarded(engine.flush)
 
     def _empty_inbox(self, *, wait: bool) -> bool:
         """Does the work that was posted, after waiting for some if there is nothing else to do. False at the end."""
@@ -112,6 +116,7 @@ class Device:
                     goes_on = False
                 else:
                     _guarded(work)
+                    del work  # nor what came with it
         except queue.Empty:
             return goes_on
 

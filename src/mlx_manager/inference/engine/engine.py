@@ -48,6 +48,8 @@ class ForwardPasses(Protocol):
     @property
     def allocated_bytes(self) -> int: ...
     @property
+    def host_bytes(self) -> int: ...
+    @property
     def state_bytes(self) -> int: ...
 
     def queue(self, plan: Plan) -> PendingStep: ...
@@ -167,7 +169,7 @@ class Fetched:
 @dataclass(frozen=True, slots=True)
 class CacheState:
     """How a model keeps keys and values: the `kind` of cache, its blocks (held by sequences, or only kept for others), and the bytes that
-    are allocated for all of it."""
+    are allocated for all of it, `host_bytes` of which MLX does not know of."""
 
     kind: str
     block_bytes: int
@@ -177,6 +179,7 @@ class CacheState:
     num_evictions: int
     num_preemptions: int
     allocated_bytes: int
+    host_bytes: int
     disk: DiskCounters | None
 
 
@@ -219,6 +222,7 @@ class Engine:
         self._pending: PendingStep | None = None
         self._queued_at = 0.0  # when the pending step was queued
         self._read_at = 0.0  # when the step before had been read: the device began with the pending one then, or when it was queued
+        self._note_memory()
         self.counters = Counters()
         scheduler.pool.on_forget = self._forget_block
 
@@ -277,9 +281,28 @@ class Engine:
             num_cached=pool.num_cached,
             num_evictions=pool.num_evictions,
             num_preemptions=self._scheduler.num_preemptions,
-            allocated_bytes=self._runner.allocated_bytes,
+            allocated_bytes=self._allocated_bytes,
+            host_bytes=self._host_bytes,
             disk=None if self._disk is None else self._disk.counters,
         )
+
+    def limit_pass(self, num_tokens: int) -> None:
+        """So many prompt tokens a step at most. From any thread."""
+
+        def limit() -> None:
+            self._pace.max_budget = num_tokens
+
+        self._device.post(limit)
+
+    def drop_prefixes(self) -> None:
+        """Frees the blocks that nobody holds. From any thread."""
+
+        def drop() -> None:
+            pool = self._scheduler.pool
+            pool.evict(pool.num_cached)
+            self._note_memory()
+
+        self._device.post(drop)
 
     async def explain(self, spec: SequenceSpec) -> Explanation:
         """How much of a prompt is there already, and why not more. Raises `EngineFault` once the device has stopped."""
@@ -306,6 +329,7 @@ class Engine:
             for block, content in reversed(self._scheduler.pool.cached_contents()):
                 self._spill(block, content)
             self._disk.stop()
+        self._scheduler.pool.forget_nothing()  # or each of us would keep the other
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` if a block is lost, held twice or written by who should not."""
@@ -325,6 +349,7 @@ class Engine:
             fault = EngineFault("The engine failed while it was working on this request.")
             fault.__cause__ = error
             self._deliveries += self._fail_all(fault)
+        self._note_memory()
         if self._ahead or not self.has_work:
             self.flush()
 
@@ -333,6 +358,11 @@ class Engine:
         thread and the event loop's would only wait for each other."""
         deliveries, self._deliveries = self._deliveries, []
         self._hand_over(deliveries)
+
+    def _note_memory(self) -> None:
+        """For whoever asks on another thread."""
+        self._allocated_bytes = self._runner.allocated_bytes
+        self._host_bytes = self._runner.host_bytes
 
     def _advance(self) -> None:
         now = time.monotonic()

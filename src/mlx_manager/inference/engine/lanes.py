@@ -25,6 +25,7 @@ _TOLERANCE = {mx.float32: 2e-3, mx.float16: 3e-2, mx.bfloat16: 8e-2}
 _PROMPTS = ((3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46), (2, 71, 82), (84, 59))
 _TESTED_BLOCKS = 1 + len(_PROMPTS)  # the null block, and one for each
 _FEWEST_BLOCKS = 2
+_STATE_SHARE = 5
 _MOST_BLOCKS = 1 << 18  # 8 million tokens; a model that keeps nothing but states has no other limit
 _CONTINUATION = (18, 28, 45)
 
@@ -49,8 +50,14 @@ def choose_cache(model: Any, kv_bytes: int, kernels: PagedAttention | None) -> K
 def num_blocks_within(cache: KVCache, kv_bytes: int) -> int:
     """How many blocks there may be, and the null block."""
     # Where rows are padded, one half is for the rows and the other for the blocks that are kept beside them.
-    share = kv_bytes // 2 if cache.pads_rows else kv_bytes
+    share = kv_bytes - state_bytes_within(cache, kv_bytes)
+    share = share // 2 if cache.pads_rows else share
     return 1 + min(_MOST_BLOCKS, max(_FEWEST_BLOCKS, share // max(1, cache.token_bytes * BLOCK_TOKENS)))
+
+
+def state_bytes_within(cache: KVCache, kv_bytes: int) -> int:
+    """What the states may take of it that some blocks stand for."""
+    return kv_bytes // _STATE_SHARE if cache.needs_states else 0
 
 
 def _ways(model: Any, kernels: PagedAttention | None) -> Iterator[tuple[str, Callable[[int], KVCache]]]:

@@ -177,6 +177,7 @@ class PagedCache:
     name = "paged"
     max_rows: int | None = None
     pads_rows = False
+    host_bytes = 0
 
     def __init__(self, model: Any, attention: PagedAttention, num_blocks: int) -> None:
         self._model = model

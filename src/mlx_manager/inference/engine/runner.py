@@ -49,6 +49,8 @@ class KVCache(Protocol):
     @property
     def allocated_bytes(self) -> int: ...
     @property
+    def host_bytes(self) -> int: ...
+    @property
     def state_bytes(self) -> int: ...
 
     def admit(self, sequence: Sequence) -> None: ...
@@ -105,6 +107,11 @@ class Runner:
     @property
     def allocated_bytes(self) -> int:
         return self.cache.allocated_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Of these, what MLX does not know of."""
+        return self.cache.host_bytes
 
     @property
     def state_bytes(self) -> int:

@@ -53,12 +53,25 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class PassCost:
+    """Bytes that a pass over a piece of a prompt takes for each of its tokens, and for each pair of one and a token that it attends to."""
+
+    token_bytes: int
+    pair_bytes: int
+
+    def of(self, length: int, start: int) -> int:
+        """Of tokens [start, start + length)."""
+        return length * (self.token_bytes + (start + length) * self.pair_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """`max_sequences` hold places at a time. A class of priority is worth `ageing_s` seconds of waiting.
 
     `max_row_tokens` bounds (rows) x (tokens of the longest), where rows are padded to one length. `max_scores` bounds (tokens of a
     chunk) x (tokens that it attends to), where attention writes its scores to memory. `needs_states`: layers keep a state beside keys
-    and values, so chunks end where blocks end, and a prefix can be resumed only there.
+    and values, so chunks end where blocks end, and a prefix can be resumed only there. The chunks of a step take `max_pass_bytes` at most,
+    by what they `cost`.
     """
 
     max_sequences: int = 32
@@ -66,6 +79,8 @@ class Policy:
     max_row_tokens: int | None = None
     max_scores: int | None = None
     needs_states: bool = False
+    cost: PassCost | None = None
+    max_pass_bytes: int | None = None
 
 
 class Scheduler:
@@ -89,7 +104,11 @@ class Scheduler:
     def max_tokens(self) -> int:
         """The longest sequence there can be, in tokens."""
         usable = self.pool.num_usable * BLOCK_TOKENS
-        return usable if self.policy.max_row_tokens is None else min(usable, self.policy.max_row_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
+        if self.policy.max_row_tokens is not None:
+            usable = min(usable, self.policy.max_row_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
+        if (cost := self.policy.cost) is not None and self.policy.max_pass_bytes is not None:  # or its last piece could not be computed
+            usable = min(usable, max(0, self.policy.max_pass_bytes - cost.token_bytes) // cost.pair_bytes)
+        return usable
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -180,19 +199,27 @@ class Scheduler:
     def _hand_out(self, now: float, budget: int) -> list[Chunk]:
         """The most urgent first."""
         chunks: list[Chunk] = []
+        pass_bytes = self.policy.max_pass_bytes
         for sequence in sorted((s for s in self.running if s.num_prefill_left), key=lambda s: self._rank(s, now)):
             if budget <= 0:
                 break
             start = sequence.num_queued
-            stop = start + self._chunk_length(sequence, budget)
-            chunks.append(Chunk(sequence, start, stop))
-            budget -= stop - start
+            length = self._chunk_length(sequence, budget, pass_bytes)
+            if (cost := self.policy.cost) is not None and pass_bytes is not None:
+                pass_bytes -= cost.of(length, start)
+                if chunks and pass_bytes < 0:
+                    break
+            chunks.append(Chunk(sequence, start, start + length))
+            budget -= length
         return chunks
 
-    def _chunk_length(self, sequence: Sequence, budget: int) -> int:
+    def _chunk_length(self, sequence: Sequence, budget: int, pass_bytes: int | None) -> int:
         length = min([budget, sequence.num_prefill_left, *(p - sequence.num_queued for p in sequence.parting if p > sequence.num_queued)])
         if self.policy.max_scores is not None:
             while length > 1 and length * (sequence.num_queued + length) > self.policy.max_scores:
+                length //= 2
+        if self.policy.cost is not None and pass_bytes is not None:
+            while length > 1 and self.policy.cost.of(length, sequence.num_queued) > pass_bytes:
                 length //= 2
         if self.policy.needs_states:
             end = sequence.num_queued + length

@@ -42,23 +42,21 @@ class SingleCache:
     max_rows: int | None = 1
     pads_rows = False
     needs_states = True
+    host_bytes = 0
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._caches: dict[Sequence, list[Any]] = {}
         self._rows: list[Sequence] = []
         self._blocks: dict[int, list[Any]] = {}
+        self.state_bytes = 0
         probe = make_prompt_cache(model)
         mx.eval(model(mx.array([[0]], dtype=mx.int32), cache=probe))
-        self.token_bytes = max(1, sum(a.nbytes for cache in probe for a in _arrays(cache)) // _ROOM)
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(a.nbytes for caches in self._blocks.values() for c in caches for a in _arrays(c))
+        self.token_bytes = max(1, _num_bytes(probe) // _ROOM)
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(a.nbytes for caches in (*self._caches.values(), *self._blocks.values()) for c in caches for a in _arrays(c))
+        return sum(map(_num_bytes, self._caches.values())) + self.state_bytes
 
     def admit(self, sequence: Sequence) -> None:
         num_blocks = sequence.num_computed // BLOCK_TOKENS
@@ -101,10 +99,12 @@ class SingleCache:
 
     def save(self, sequence: Sequence, index: int, block: int, chunk: QueuedPass | None) -> None:
         if chunk is not None and chunk.caches is not None:
+            self.drop(block)
             self._blocks[block] = chunk.caches
+            self.state_bytes += _num_bytes(chunk.caches)
 
     def drop(self, block: int) -> None:
-        self._blocks.pop(block, None)
+        self.state_bytes -= _num_bytes(self._blocks.pop(block, []))
 
     def export(self, block: int) -> None:
         """What these caches are made of is theirs to know."""
@@ -115,3 +115,7 @@ class SingleCache:
 
 def _arrays(cache: Any) -> list[mx.array]:
     return [a for _, a in tree_flatten(cache.state) if isinstance(a, mx.array)]
+
+
+def _num_bytes(caches: list[Any]) -> int:
+    return sum(a.nbytes for cache in caches for a in _arrays(cache))

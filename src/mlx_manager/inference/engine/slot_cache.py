@@ -382,8 +382,11 @@ class SlotCache:
     @property
     def allocated_bytes(self) -> int:
         rows = sum(b.num_bytes for b in self._buffers)
-        blocks = sum(a.nbytes for groups in self._blocks.values() for kv in groups for a in kv)
-        return rows + blocks + self._states.block_bytes
+        return rows + self.host_bytes + self._states.block_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return len(self._blocks) * self.token_bytes * BLOCK_TOKENS
 
     # ---- sequences come and go
 

@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from mlx_manager import telemetry
 from mlx_manager.api import anthropic, embeddings, failures, openai, prefix, responses, system, tokens, web
 from mlx_manager.api.dependencies import Services
-from mlx_manager.api.manage import downloads, models
+from mlx_manager.api.manage import catalogue, downloads, hub_search, models
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
 from mlx_manager.config import Config
@@ -27,10 +27,12 @@ from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.hub.checkpoint import Checkpoint
 from mlx_manager.hub.client import Hub
 from mlx_manager.hub.downloads import Downloads
-from mlx_manager.hub.local import UnusableModel, find_models, hub_cache_folder
+from mlx_manager.hub.local import UnusableModel, all_models, hub_cache_folder
+from mlx_manager.hub.search import Search
 from mlx_manager.hub.store import DownloadStore
 from mlx_manager.inference.blas import keep_freed_memory
 from mlx_manager.inference.engine.device import Device
+from mlx_manager.inference.families.detect import calls_and_thinks
 from mlx_manager.inference.loader import EngineLimits, import_libraries, memory_limit
 from mlx_manager.inference.pool import Pool, PoolPolicy
 from mlx_manager.protocols.responses.history import History
@@ -93,6 +95,7 @@ def build_services(config: Config, *, remembers_loads: bool = True) -> Services:
         seal=Seal(lambda: read_or_make_key(config.reasoning_key_path)),
         responses=History(time.monotonic),
         hub=hub,
+        search=Search(hub, calls_and_thinks),
         downloads=Downloads(hub, DownloadStore(database), hub_cache_folder(), at_once=config.max_downloads, on_done=on_download),
     )
 
@@ -102,7 +105,7 @@ def _finder(config: Config) -> Callable[[], list[Checkpoint]]:
     told: set[UnusableModel] = set()
 
     def find() -> list[Checkpoint]:
-        found = find_models(config.model_folders, hub_cache_folder(), config.adapters_dir)
+        found = all_models(config)
         for broken in found.unusable:
             if broken.is_adapter and broken not in told:
                 told.add(broken)
@@ -129,6 +132,7 @@ async def running(services: Services) -> AsyncGenerator[Services]:
             task.cancel()
         await asyncio.gather(importing, watching, preloading, return_exceptions=True)
         await services.downloads.close()
+        await services.search.close()
         await services.hub.close()
         await services.pool.close()
         await asyncio.to_thread(services.device.stop)
@@ -175,7 +179,9 @@ def application(services: Services) -> FastAPI:
     app.include_router(tokens.router)
     app.include_router(responses.router)
     app.include_router(prefix.router)
+    app.include_router(hub_search.router)
     app.include_router(downloads.router)
+    app.include_router(catalogue.router)
     app.include_router(system.router)
     app.include_router(models.router)
     app.include_router(web.router)

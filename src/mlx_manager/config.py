@@ -140,6 +140,14 @@ class Config(BaseSettings):
         return (*self.models_dir, BUNDLED_MODELS)
 
     @property
+    def publishers(self) -> Path | None:
+        """LM Studio's folder: the one that is named, or where LM Studio keeps it, if it is on this machine."""
+        if self.lm_studio_dir is not None:
+            return self.lm_studio_dir
+        places = (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models")
+        return next((place for place in places if place.is_dir()), None)
+
+    @property
     def prefix_dir(self) -> Path:
         return self.data_dir / "prefixes"
 

@@ -31,6 +31,7 @@ def home(tmp_path: Path) -> dict[str, str]:
     return kept | {
         "HF_HUB_CACHE": str(tmp_path / "hub"),
         "MLX_MANAGER_DATA_DIR": str(tmp_path / "data"),
+        "MLX_MANAGER_LM_STUDIO_DIR": str(tmp_path / "lm-studio"),
         "MLX_MANAGER_MODELS_DIR": str(MODELS),
         "MLX_MANAGER_PORT": str(free_port()),
         "NO_COLOR": "1",

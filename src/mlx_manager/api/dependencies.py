@@ -10,6 +10,7 @@ from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.hub.client import Hub
 from mlx_manager.hub.downloads import Downloads
+from mlx_manager.hub.search import Search
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.pool import Pool
 from mlx_manager.protocols.responses.history import History
@@ -30,6 +31,7 @@ class Services:
     seal: Seal
     responses: History
     hub: Hub
+    search: Search
     downloads: Downloads
 
 

@@ -82,9 +82,9 @@ def _complaint(field: str, message: str) -> str:
 
 def catalogue(config: "Config") -> "Catalogue":
     """Every model on this machine, as the server finds them, without importing the server."""
-    from mlx_manager.hub.local import find_models, hub_cache_folder
+    from mlx_manager.hub.local import all_models
 
-    return find_models(config.model_folders, hub_cache_folder(), config.adapters_dir)
+    return all_models(config)
 
 
 def hub(config: "Config") -> "Hub":

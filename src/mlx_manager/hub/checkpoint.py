@@ -205,6 +205,15 @@ def read_traits(
     )
 
 
+def chat_template(jinja: str | None, tokenizer_config: Mapping[str, Any]) -> str:
+    """All of a model's chat templates, from the file of that name or its tokenizer's configuration; "" if it has none."""
+    if jinja is not None:
+        return jinja
+    given: object = tokenizer_config.get("chat_template")
+    named = cast(list[object], given) if isinstance(given, list) else [{"template": given}]
+    return "\n".join(text for one in named if isinstance(text := _object(one).get("template"), str))
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None if there is no such file. Raises Unusable."""
     value = _read_value(path)

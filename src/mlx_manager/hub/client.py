@@ -2,18 +2,20 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
-from typing import Any, cast
-from urllib.parse import quote, urlencode
+from typing import cast
+from urllib.parse import quote, unquote, urlencode
 
 from huggingface_hub import constants, get_token
 
-from mlx_manager.core.errors import HubRefused, HubUnavailable, MLXManagerError, NotFound
+from mlx_manager.core.errors import HubRefused, HubUnavailable, InvalidField, MLXManagerError, NotFound
 from mlx_manager.http_client import BodyTooLong, OriginClient, Reply, Unreachable, Url
+from mlx_manager.hub.checkpoint import is_valid_id
 
 AGENT = f"mlx-manager/{version('mlx-manager')}"
 MAX_LIST_BYTES = 32 << 20
@@ -51,13 +53,17 @@ class Hub:
         """The one that is configured, else Hugging Face's own variables hold: HF_ENDPOINT, HF_HUB_OFFLINE. Raises `ValueError`."""
         return cls(constants.ENDPOINT if endpoint is None else endpoint, timeout_s=timeout_s, is_offline=constants.HF_HUB_OFFLINE)
 
-    async def json(self, path: str, query: Mapping[str, str | list[str]] | None = None, *, about: str | None = None) -> object:
-        """What the API says. `about` is the model that is asked for, as errors name it."""
-        return _parsed(await self._body(f"/api{path}{_query(query)}", MAX_LIST_BYTES, about), self.name)
+    async def models(self, query: Mapping[str, str | list[str]]) -> tuple[object, str | None]:
+        """A page of the list of models, and the cursor of what follows."""
+        async with self._asked(f"/api/models?{urlencode(query, doseq=True)}", None) as reply:
+            link = re.search(r'<[^>]*[?&]cursor=([^&>]+)[^>]*>\s*;\s*rel="?next', reply.headers.get("link", ""))
+            return _parsed(await reply.body(max_bytes=MAX_LIST_BYTES), self.name), None if link is None else unquote(link[1])
 
     async def describe(self, repo: str, revision: str) -> object:
         """A revision with all its files, for `listing.read_listing`."""
-        return await self.json(f"/models/{repo}/revision/{quote(revision, safe='')}", {"blobs": "true"}, about=repo)
+        return _parsed(
+            await self._body(f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true", MAX_LIST_BYTES, repo), self.name
+        )
 
     async def small_file(self, repo: str, commit: str, path: str, *, max_bytes: int) -> bytes:
         return await self._body(_resolve(repo, commit, path), max_bytes, repo)
@@ -95,9 +101,15 @@ class Hub:
         return not self.is_offline and (await self._origin()).has_token
 
     async def _body(self, target: str, max_bytes: int, about: str | None) -> bytes:
+        async with self._asked(target, about) as reply:
+            return await reply.body(max_bytes=max_bytes)
+
+    @asynccontextmanager
+    async def _asked(self, target: str, about: str | None) -> AsyncGenerator[Reply]:
+        """Within the time limit, the reading of the reply included."""
         try:
             async with asyncio.timeout(self._timeout_s), self._get(target, {}, about) as reply:
-                return await reply.body(max_bytes=max_bytes)
+                yield reply
         except BodyTooLong:
             raise HubUnavailable(f"The Hub at {self.name} answered with more than could be meant.") from None
         except (TimeoutError, Unreachable) as error:
@@ -151,12 +163,14 @@ class Hub:
         return HubUnavailable(f"The Hub at {self.name} answered with status {reply.status}.")
 
 
+def check_repository(id: str) -> None:
+    """Raises `InvalidField` for what is no name of a model on the Hub, and so no part of an address there."""
+    if not is_valid_id(id) or id.count("/") != 1:
+        raise InvalidField(f"'{id[:100]}' is not the name of a model on the Hub: organisation/name.", param="model")
+
+
 def _resolve(repo: str, commit: str, path: str) -> str:
     return f"/{repo}/resolve/{commit}/{quote(path)}"
-
-
-def _query(query: Mapping[str, str | list[str]] | None) -> str:
-    return "" if not query else "?" + urlencode(query, doseq=True)
 
 
 def _parsed(body: bytes, name: str) -> object:
@@ -164,15 +178,6 @@ def _parsed(body: bytes, name: str) -> object:
         return cast(object, json.loads(body))
     except (ValueError, RecursionError) as error:
         raise HubUnavailable(f"What answers at {name} is not the Hub: its answer is not JSON.") from error
-
-
-def read_object(body: bytes) -> dict[str, Any] | None:
-    """The JSON object of a file; None if it is anything else."""
-    try:
-        value: object = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return cast(dict[str, Any], value) if isinstance(value, dict) else None
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -19,8 +19,8 @@ from typing import Any, Literal, cast
 from sqlalchemy.exc import DBAPIError
 
 from mlx_manager.core.errors import Conflict, InvalidField, MLXManagerError, NotFound, StorageFull
-from mlx_manager.hub.checkpoint import Unusable, is_valid_id, read_traits
-from mlx_manager.hub.client import Hub
+from mlx_manager.hub.checkpoint import Unusable, read_traits
+from mlx_manager.hub.client import Hub, check_repository
 from mlx_manager.hub.listing import Listing, RemoteFile, dump, is_inside, load, read_listing, wanted
 from mlx_manager.hub.repository import Repository, free_bytes
 from mlx_manager.hub.store import DownloadRecord, DownloadStore
@@ -221,8 +221,7 @@ class Downloads:
     async def start(self, model: str, revision: str = "main") -> Download:
         """The download of a model; the one that there is already, gone on with. Raises what the Hub does, `InvalidField`, `Conflict` and
         `StorageFull`."""
-        if not is_valid_id(model) or model.count("/") != 1:
-            raise InvalidField(f"'{model[:100]}' is not the name of a model on the Hub: organisation/name.", param="model")
+        check_repository(model)
         if not _REVISION.fullmatch(revision) or not is_inside(revision):
             raise InvalidField(f"'{revision[:100]}' is not a revision: a branch, a tag or a commit.", param="revision")
         if (job := self._unfinished(model)) is not None:

@@ -140,6 +140,10 @@ class Config(BaseSettings):
         return (*self.models_dir, BUNDLED_MODELS)
 
     @property
+    def kv_cache_bytes(self) -> int | None:
+        return None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30)
+
+    @property
     def publishers(self) -> Path | None:
         """LM Studio's folder: the one that is named, or where LM Studio keeps it, if it is on this machine."""
         if self.lm_studio_dir is not None:

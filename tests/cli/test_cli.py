@@ -22,6 +22,7 @@ MODELS = Path(__file__).parents[1] / "fixtures" / "models"
 MODEL = "qwen3"
 COMMAND = (sys.executable, "-W", "error", "-m", "mlx_manager")
 WAIT_S = 60
+NAMES = ("serve", "run", "list", "show", "search", "pull", "rm", "status", "load", "stop", "ps", "doctor", "bench", "version")
 
 
 @pytest.fixture
@@ -96,15 +97,13 @@ def asking(address: str, path: str, body: object = None) -> Iterator[http.client
 def test_help_names_every_command_without_importing_what_is_slow(home: dict[str, str]) -> None:
     done = command(home, "--help")
     assert done.returncode == 0
-    for name in ("serve", "run", "list", "show", "status", "load", "stop", "ps", "doctor", "bench", "version"):
+    for name in NAMES:
         assert re.search(rf"\b{name}\b", done.stdout)
     slow = "import sys, mlx_manager.cli; print([m for m in ('pydantic', 'mlx', 'transformers', 'fastapi', 'httpx2') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "name", ["serve", "run", "chat", "list", "ls", "show", "info", "status", "load", "stop", "unload", "ps", "doctor", "bench", "version"]
-)
+@pytest.mark.parametrize("name", [*NAMES, "chat", "ls", "info", "unload"])
 def test_every_command_and_its_other_name_has_help(name: str) -> None:
     from typer.testing import CliRunner  # noqa: PLC0415 - the only test in this process
 

@@ -9,6 +9,8 @@ from urllib.parse import quote, urlsplit
 import httpx2
 
 TIMEOUT_S = 5.0
+_HUB_S = 300.0
+"""Of what asks the Hub first, which has time limits of its own."""
 
 
 class NoAnswer(Exception):
@@ -38,6 +40,21 @@ class Server:
         """The model afterwards. Waits for the replies that it is writing."""
         return self._object(self._send("POST", f"/api/models/{quote(model)}/unload", timeout_s=None))
 
+    def download(self, model: str, revision: str) -> dict[str, Any]:
+        """Started, or joined if it is under way."""
+        return self._object(self._send("POST", "/api/downloads", json={"model": model, "revision": revision}, timeout_s=_HUB_S))
+
+    def download_now(self, id: str) -> dict[str, Any]:
+        """How it stands."""
+        return self._object(self._send("GET", f"/api/downloads/{quote(id)}"))
+
+    def deletion(self, model: str) -> dict[str, Any]:
+        """What deleting a model would do."""
+        return self._object(self._send("GET", f"/api/models/{quote(model)}/deletion", timeout_s=None))
+
+    def delete(self, model: str, confirmation: str) -> dict[str, Any]:
+        return self._object(self._send("DELETE", f"/api/models/{quote(model)}?confirmation={quote(confirmation)}", timeout_s=None))
+
     def load(self, model: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The events of a load, by name, until it is over."""
         with self._reached(), _client(self.url, None) as client:
@@ -57,9 +74,9 @@ class Server:
             finally:
                 reply.close()
 
-    def _send(self, method: str, path: str, *, timeout_s: float | None = TIMEOUT_S) -> httpx2.Response:
+    def _send(self, method: str, path: str, *, json: Any = None, timeout_s: float | None = TIMEOUT_S) -> httpx2.Response:
         with self._reached(), _client(self.url, timeout_s) as client:
-            return client.request(method, f"{self.url}{path}", headers=self._headers)
+            return client.request(method, f"{self.url}{path}", headers=self._headers, json=json)
 
     @contextmanager
     def _reached(self) -> Generator[None]:
@@ -75,7 +92,7 @@ class Server:
             told: Any = reply.json()
         except ValueError:
             told = None
-        if reply.status_code != 200 or not isinstance(told, dict) or not _is_ours(reply):
+        if not reply.is_success or not isinstance(told, dict) or not _is_ours(reply):
             raise self._refused(reply)
         return cast(dict[str, Any], told)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from huggingface_hub import DeleteCacheStrategy, scan_cache_dir
 
+from mlx_manager.config import BUNDLED_MODELS, Config
 from mlx_manager.core.errors import Conflict, NotFound
 from mlx_manager.hub.checkpoint import Checkpoint
-from mlx_manager.hub.local import UnusableModel
+from mlx_manager.hub.local import UnusableModel, hub_cache_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,11 @@ class Places:
     folders: Sequence[Path]
     hub_cache: Path
     bundled: Path
+
+    @classmethod
+    def of(cls, config: Config) -> "Places":
+        publishers = () if config.publishers is None else (config.publishers,)
+        return cls((*config.models_dir, *publishers), hub_cache_folder(), BUNDLED_MODELS)
 
 
 def plan(model: Checkpoint | UnusableModel, places: Places, revision: str | None = None) -> Deletion:

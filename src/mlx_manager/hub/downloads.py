@@ -24,7 +24,7 @@ from mlx_manager.hub.client import Hub, check_repository
 from mlx_manager.hub.listing import Listing, RemoteFile, dump, is_inside, load, read_listing, wanted
 from mlx_manager.hub.repository import Repository, free_bytes
 from mlx_manager.hub.store import DownloadRecord, DownloadStore
-from mlx_manager.hub.transfer import PATIENT, Progress, Retries, Transfer
+from mlx_manager.hub.transfer import PATIENT, Progress, Retries, Transfer, to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -161,11 +161,12 @@ class Downloads:
         self._forgotten = 0  # the version up to which removals are no longer remembered
         self._changed = asyncio.Event()
         self._is_ending = False
+        self._is_closing = False
 
     # ---- life
 
-    async def open(self) -> None:
-        """Goes on with what was under way when the process ended."""
+    async def open(self, *, goes_on: bool = True) -> None:
+        """Goes on with what was under way when the process ended; otherwise that waits to be asked for."""
         for record in await self._store.all():
             try:
                 files = load(json.loads(record.files))
@@ -180,7 +181,7 @@ class Downloads:
                 revision=record.revision,
                 commit=record.commit,
                 files=files,
-                state=state,
+                state=state if goes_on or state != "queued" else "paused",
                 created_ms=record.created_ms,
                 error=record.error,
                 part=record.part,
@@ -197,6 +198,7 @@ class Downloads:
 
     async def close(self) -> None:
         """What is under way stops, and goes on at the next `open`."""
+        self._is_closing = True
         tasks = [job.task for job in self._jobs.values() if job.task is not None]
         for task in tasks:
             task.cancel()
@@ -372,13 +374,21 @@ class Downloads:
             )
 
     def _schedule(self) -> None:
+        if self._is_closing:
+            return
         num_running = sum(1 for job in self._jobs.values() if job.task is not None)
         for job in sorted(self._jobs.values(), key=lambda job: job.created_ms):
             if num_running < self._at_once and job.state == "queued" and job.task is None and not job.is_leaving:
                 num_running += 1
                 job.state = "downloading"
                 job.task = asyncio.create_task(self._run(job))
+                job.task.add_done_callback(lambda _, job=job: self._end(job))
                 self._tell(job)
+
+    def _end(self, job: _Job) -> None:
+        """After its task, to the last of what that had to write down."""
+        job.task = None
+        self._schedule()
 
     async def _run(self, job: _Job) -> None:
         job.samples.clear()
@@ -399,7 +409,6 @@ class Downloads:
             job.state, job.error = "failed", f"It cannot be put into the cache: {error.strerror}."
         finally:
             measuring.cancel()
-            job.task = None
             job.file, job.is_checking = None, False
         if job.error is not None:
             log.warning("the download of %s is %s: %s", job.model, job.state, job.error)
@@ -457,7 +466,7 @@ class Downloads:
         if job.is_leaving:
             return
         try:
-            await self._store.put(job.record())
+            await to_its_end(self._store.put(job.record()))
         except DBAPIError as error:
             log.warning("how the download of %s stands cannot be written down: %s", job.model, error.orig)
 

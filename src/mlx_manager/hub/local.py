@@ -41,6 +41,10 @@ class Catalogue:
     def get(self, id: str) -> Checkpoint | None:
         return next((model for model in self.models if model.id == id), None)
 
+    def find(self, id: str) -> Checkpoint | UnusableModel | None:
+        """Also one that cannot be used."""
+        return self.get(id) or next((broken for broken in self.unusable if broken.id == id), None)
+
 
 def hub_cache_folder() -> Path:
     """Where Hugging Face tools keep downloads; HF_HUB_CACHE and HF_HOME move it. It need not exist."""

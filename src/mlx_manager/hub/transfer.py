@@ -3,10 +3,10 @@
 import asyncio
 import errno
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import stamina
 
@@ -187,8 +187,13 @@ class Transfer:
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """Its end is waited for even if the task is cancelled meanwhile: it uses a descriptor that is closed afterwards."""
-    running = asyncio.ensure_future(asyncio.to_thread(work))
+    """To its end: it uses a descriptor that is closed afterwards."""
+    return await to_its_end(asyncio.to_thread(work))
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Does what must not be left half done: its end is waited for even if the task is cancelled meanwhile."""
+    running = asyncio.create_task(work)
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:

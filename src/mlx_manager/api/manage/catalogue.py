@@ -13,7 +13,7 @@ from mlx_manager.core.errors import Conflict, InvalidField, ModelNotFound
 from mlx_manager.hub.characteristics import Characteristics, emptied_by
 from mlx_manager.hub.checkpoint import Checkpoint
 from mlx_manager.hub.deletion import Deletion, Places, carry_out, plan
-from mlx_manager.hub.local import Catalogue, UnusableModel, all_models, hub_cache_folder, read_templates
+from mlx_manager.hub.local import UnusableModel, all_models, read_templates
 from mlx_manager.inference.families.detect import calls_and_thinks
 
 router = APIRouter(tags=["Models"])
@@ -107,14 +107,14 @@ async def catalogue(wanted: Annotated[Filters, Query()], services: ServicesDep) 
 async def deletion(model_id: str, which: Annotated[Which, Query()], services: ServicesDep) -> DeletionView:
     """What deleting it would remove and set free. 409 with the reason for what is not deleted."""
     model = await _deletable(services, model_id)
-    return DeletionView.of(await asyncio.to_thread(plan, model, _places(services), which.revision))
+    return DeletionView.of(await asyncio.to_thread(plan, model, Places.of(services.config), which.revision))
 
 
 @router.delete("/api/models/{model_id:path}")
 async def delete(model_id: str, confirmed: Annotated[Confirmed, Query()], services: ServicesDep) -> DeletionView:
     """Deletes a model's files, if what would go is what was told with the `confirmation`. 409 for one that is loaded: unload it first."""
     model = await _deletable(services, model_id)
-    places = _places(services)
+    places = Places.of(services.config)
     if confirmed.confirmation is None:
         told = await asyncio.to_thread(plan, model, places, confirmed.revision)
         raise InvalidField(
@@ -131,7 +131,7 @@ async def delete(model_id: str, confirmed: Annotated[Confirmed, Query()], servic
 async def _deletable(services: Services, model_id: str) -> Checkpoint | UnusableModel:
     """Raises `ModelNotFound`, and `Conflict` for one that is in use or on its way."""
     found = await asyncio.to_thread(all_models, services.config)
-    model = _find(found, model_id)
+    model = found.find(model_id)
     if model is None:
         raise ModelNotFound(model_id, [one.id for one in found.models])
     for status in services.pool.statuses():
@@ -140,16 +140,6 @@ async def _deletable(services: Services, model_id: str) -> Checkpoint | Unusable
     if services.downloads.of(model_id) is not None:
         raise Conflict(f"'{model_id}' is being downloaded: cancel that first.", param="model", code="model_in_use")
     return model
-
-
-def _find(found: Catalogue, model_id: str) -> Checkpoint | UnusableModel | None:
-    return found.get(model_id) or next((one for one in found.unusable if one.id == model_id), None)
-
-
-def _places(services: Services) -> Places:
-    publishers = services.config.publishers
-    folders = (*services.config.models_dir, *(() if publishers is None else (publishers,)))
-    return Places(folders, hub_cache_folder(), BUNDLED_MODELS)
 
 
 def _told(model: Checkpoint) -> Characteristics:

@@ -7,8 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlx_manager.api.dependencies import Services
 from mlx_manager.hub.characteristics import Capability, Characteristics, Filter, fails
 from mlx_manager.hub.checkpoint import Checkpoint
-from mlx_manager.inference import memory
-from mlx_manager.inference.memory import Fit, Verdict
+from mlx_manager.inference.memory import Fit, Verdict, fit_of
 
 
 class FitView(BaseModel):
@@ -106,12 +105,8 @@ class Judge:
         return cls(services, await services.pool.limit())
 
     def fit(self, checkpoint: Checkpoint) -> Fit:
-        config = self._config
-        kv_bytes = None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30)
-        need = memory.need(checkpoint, available=self._limit, kv_bytes=kv_bytes, prefill_tokens=config.prefill_budget)
-        return memory.fit(
-            need, kv_bytes_per_token=checkpoint.kv_bytes_per_token, context_length=checkpoint.context_length, limit=self._limit
-        )
+        c = self._config
+        return fit_of(checkpoint, limit=self._limit, kv_bytes=c.kv_cache_bytes, prefill_tokens=c.prefill_budget)
 
     def view(self, told: Characteristics) -> CharacteristicsView:
         return CharacteristicsView.of(told, self.fit(told.checkpoint))

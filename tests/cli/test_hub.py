@@ -53,6 +53,8 @@ def test_without_a_hub_a_search_is_a_sentence(home: dict[str, str], hub: HubServ
     assert (offline.returncode, "HF_HUB_OFFLINE is set" in offline.stderr) == (1, True)
     wrong = command(home, "search", HF_ENDPOINT="nonsense")
     assert (wrong.returncode, "is not an address" in wrong.stderr) == (2, True)
+    served = command(home, "serve", "--hub-endpoint", "nonsense")
+    assert (served.returncode, "--hub-endpoint" in served.stderr) == (2, True)
     hub.silent = {"hub"}
     slow = command(home, "search", MLX_MANAGER_HUB_TIMEOUT_S="1")
     assert (slow.returncode, "did not answer in time" in slow.stderr) == (1, True)

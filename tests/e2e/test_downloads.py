@@ -57,10 +57,12 @@ def events(http: httpx2.Client, since: str | None = None) -> Iterator[tuple[str,
 def test_a_download_survives_a_kill_goes_on_at_the_byte_and_then_chats_by_its_name(hub: HubServer, tmp_path: Path) -> None:
     hub.add("someone/paused", FIXTURE_MODELS / "llama")
     hub.bytes_per_s = 500_000
-    with serve_process(tmp_path, settings(hub)) as running, running.http() as http:
+    with serve_process(tmp_path, settings(hub) | {"MLX_MANAGER_MAX_DOWNLOADS": "1"}) as running, running.http() as http:
         started = http.post("/api/downloads", json={"model": MODEL})
         assert (started.status_code, started.json()["model"]) == (202, MODEL)
-        paused = http.post("/api/downloads", json={"model": "someone/paused"}).json()["id"]
+        second = http.post("/api/downloads", json={"model": "someone/paused"}).json()
+        paused = second["id"]
+        assert second["state"] == "queued"
         assert http.post(f"/api/downloads/{paused}/pause").json()["state"] == "paused"
         wait_for(http, started.json()["id"], "downloading", more_than=1 << 20)
         assert running.process is not None

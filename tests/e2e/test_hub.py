@@ -30,7 +30,8 @@ def server(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     shutil.copytree(FIXTURE_MODELS / "llama", folder / "models" / "mine")
     shutil.copytree(FIXTURE_MODELS / "qwen3", folder / "lm-studio" / "someone" / "studio")
     settings = {
-        "HF_ENDPOINT": hub.url,
+        "MLX_MANAGER_HUB_ENDPOINT": hub.url,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HUB_OFFLINE": "0",
         "HF_TOKEN_PATH": "/nowhere",
         "MLX_MANAGER_MODELS_DIR": str(folder / "models"),

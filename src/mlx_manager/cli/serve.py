@@ -223,7 +223,7 @@ def _greet(config: "Config") -> None:
     say(f"  {len(models)} model{'' if len(models) == 1 else 's'}{': ' if models else ''}{names}")
     if toy := next((model.id for model in models if is_starter(model)), None):
         say(f"  {toy} is a toy: it shows that everything works, and knows next to nothing")
-    say(f"  More models: folders in --models-dir, and what is in {hub_cache_folder()}")
+    say(f"  More models: mlx-manager search and pull, folders in --models-dir, and what is in {hub_cache_folder()}")
     say(f"  How to connect an app: {url}/   What is running: mlx-manager status   Talk: mlx-manager run")
     if use_fast_blas().name == "reference" and _computes_on_cpu():
         warn("  MLX computes with its reference BLAS here, which is slow: mlx-manager doctor says what to do.")

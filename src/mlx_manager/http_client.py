@@ -203,10 +203,12 @@ class BodyTooLong(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Its body has not been read yet. `headers` are by their names in small letters."""
+    """Its body has not been read yet. `headers` are by their names in small letters; `is_elsewhere`: another origin than the asked one
+    answered."""
 
     status: int
     headers: Mapping[str, str]
+    is_elsewhere: bool
     _response: httpx2.Response
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -276,7 +278,8 @@ class OriginClient:
                 response = await self._send(url, target, headers or {})
             else:
                 raise Unreachable("it redirects too often")
-            yield Reply(response.status_code, {name.lower(): value for name, value in response.headers.items()}, response)
+            headers_told = {name.lower(): value for name, value in response.headers.items()}
+            yield Reply(response.status_code, headers_told, not self._is_own(url), response)
         finally:
             await response.aclose()
 
@@ -284,12 +287,15 @@ class OriginClient:
         if self._client is not None:
             await self._client.aclose()
 
+    def _is_own(self, url: Url) -> bool:
+        return (url.scheme, url.host, url.port) == (self.base.scheme, self.base.host, self.base.port)
+
     async def _send(self, url: Url, target: str, headers: Mapping[str, str]) -> httpx2.Response:
         async with self._making:
             if self._client is None:
                 self._client = await asyncio.to_thread(self._new_client)  # reading the certificates takes a while
         sent = {"host": url.authority, "accept-encoding": "identity", "user-agent": self._agent, **headers}
-        if self._token is not None and (url.scheme, url.host, url.port) == (self.base.scheme, self.base.host, self.base.port):
+        if self._token is not None and self._is_own(url):
             sent["authorization"] = f"Bearer {self._token}"
         host = f"[{url.host}]" if ":" in url.host else url.host
         place = httpx2.URL(scheme=url.scheme, host=host, port=url.port, path="/")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.e2e.serving import FIXTURE_MODELS, Running, serve_process
+from tests.e2e.serving import FIXTURE_MODELS, GENEROUS_S, Running, serve_process
 from tests.hub.hub_server import HubServer, serving_hub
 
 ORG = "mlx-community"
@@ -133,6 +134,18 @@ def test_a_name_never_becomes_a_path(http: httpx2.Client, id: str) -> None:
     for reply in (http.get(f"/api/models/{id}/deletion"), http.delete(f"/api/models/{id}?confirmation=x")):
         assert reply.status_code in (400, 404, 405)
     assert http.get("/health").status_code == 200
+
+
+def test_a_model_that_was_downloaded_and_deleted_leaves_no_entry_behind(http: httpx2.Client) -> None:
+    id = http.post("/api/downloads", json={"model": f"{ORG}/tiny_bert"}).json()["id"]
+    deadline = time.monotonic() + GENEROUS_S
+    while http.get(f"/api/downloads/{id}").json()["state"] != "done":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    told = http.get(f"/api/models/{ORG}/tiny_bert/deletion").json()
+    assert http.delete(f"/api/models/{ORG}/tiny_bert", params={"confirmation": told["confirmation"]}).status_code == 200
+    assert http.get("/api/downloads").json() == {"downloads": []}
+    assert f"{ORG}/tiny_bert" not in {one["id"] for one in http.get("/api/catalogue").json()["models"]}
 
 
 def test_the_starter_is_not_deleted_and_says_why(http: httpx2.Client) -> None:

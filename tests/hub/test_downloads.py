@@ -258,12 +258,12 @@ async def test_what_has_another_checksum_is_removed_and_can_be_tried_again(hub: 
 
 
 async def test_a_host_that_wants_to_be_left_alone_for_a_while_is(hub: HubServer, cache: Path) -> None:
-    hub.statuses = [("cdn", 429, {"retry-after": "1"}), ("cdn", 503, {})]
+    hub.statuses = [("cdn", 429, {"retry-after": "1"}), ("cdn", 503, {}), ("cdn", 403, {})]
     began = time.monotonic()
-    async with downloading(hub, cache) as downloads:
+    async with downloading(hub, cache, retries=Retries(attempts=4, wait_initial_s=0.01)) as downloads:
         await fetched(downloads)
     assert time.monotonic() - began >= 1
-    assert len(hub.fetched(WEIGHTS)) == 3
+    assert len(hub.fetched(WEIGHTS)) == 4
 
 
 async def test_a_host_that_wants_to_be_left_alone_for_long_fails_it_with_the_reason(hub: HubServer, cache: Path) -> None:

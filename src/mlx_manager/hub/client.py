@@ -147,6 +147,8 @@ class Hub:
                 hint = "" if has_token else " A token (HF_TOKEN) allows more"
                 return HubUnavailable(f"The Hub at {self.name} wants fewer requests.{hint}", retry_after_s=retry_after_s)
             return HubUnavailable(f"The Hub at {self.name} answered with status {reply.status}.", retry_after_s=retry_after_s)
+        if reply.is_elsewhere:  # the next redirect leads to a fresh address
+            return HubUnavailable(f"Where the Hub at {self.name} keeps its files, the answer was status {reply.status}.")
         page = self.endpoint if about is None else f"{self.endpoint}/{about}"
         if code == "GatedRepo" or (reply.status == 403 and code != "DisabledRepo"):
             then = "with the account of your token" if has_token else "and set HF_TOKEN to a token of that account"

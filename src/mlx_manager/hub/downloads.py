@@ -187,7 +187,10 @@ class Downloads:
                 part=record.part,
                 validator=record.validator,
             )
-            await self._look(job)
+            if state == "done":
+                job.here = {etag: file.size for etag, file in job.contents.items()}
+            else:
+                await self._look(job)
             self._jobs[job.id] = job
         self._schedule()
 
@@ -234,13 +237,12 @@ class Downloads:
         await self._check_room(job)
         if (other := self._unfinished(model)) is not None:  # somebody else asked meanwhile
             return await self._join(other, revision)
-        for old in [old for old in self._jobs.values() if old.model == model]:
-            self._forget(old)
-            await self._store.remove(old.id)
         self._jobs[job.id] = job
         try:
             await self._store.put(job.record())
+            await self.forget(model)
         except BaseException:
+            await self._stop(job)
             del self._jobs[job.id]
             raise
         self._tell(job)
@@ -279,11 +281,20 @@ class Downloads:
         try:
             await self._stop(job)
             if not keep and job.state != "done":
-                await asyncio.to_thread(self._repository(job).discard, job.files)
+                try:
+                    await to_its_end(asyncio.to_thread(self._repository(job).discard, job.files))
+                except OSError as error:
+                    log.warning("what had come of %s could not be removed: %s", job.model, error)
             await self._store.remove(id)
         finally:
             self._forget(job)
             self._schedule()
+
+    async def forget(self, model: str) -> None:
+        """The entry of a download that is done goes."""
+        for job in [job for job in self._jobs.values() if job.model == model and job.state == "done"]:
+            self._forget(job)
+            await self._store.remove(job.id)
 
     # ---- who watches
 
@@ -382,12 +393,16 @@ class Downloads:
                 num_running += 1
                 job.state = "downloading"
                 job.task = asyncio.create_task(self._run(job))
-                job.task.add_done_callback(lambda _, job=job: self._end(job))
+                job.task.add_done_callback(lambda task, job=job: self._end(job, task))
                 self._tell(job)
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: _Job, task: asyncio.Task[None]) -> None:
         """After its task, to the last of what that had to write down."""
         job.task = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the download of %s failed in a way nobody expected", job.model, exc_info=error)
+            job.state, job.error = "failed", "The server failed to download it."
+            self._tell(job)
         self._schedule()
 
     async def _run(self, job: _Job) -> None:
@@ -419,12 +434,12 @@ class Downloads:
 
     async def _fetch(self, job: _Job) -> None:
         repository = self._repository(job)
-        await asyncio.to_thread(repository.prepare)
+        await to_its_end(asyncio.to_thread(repository.prepare))
         for file in job.contents.values():
             job.file, job.is_checking = file, False
 
             def bytes_here(num_bytes: int, etag: str = file.etag) -> None:
-                job.here[etag] = num_bytes
+                job.here[etag], job.is_checking = num_bytes, False
 
             def checking() -> None:
                 job.is_checking = True
@@ -445,7 +460,7 @@ class Downloads:
                 retries=self._retries,
             ).run()
             job.here[file.etag] = file.size
-        await asyncio.to_thread(repository.publish, job.revision, job.commit, job.files)
+        await to_its_end(asyncio.to_thread(repository.publish, job.revision, job.commit, job.files))
 
     async def _stop(self, job: _Job) -> None:
         """To the end of whatever it was doing."""

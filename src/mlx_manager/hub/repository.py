@@ -8,6 +8,7 @@
 A snapshot gets its name when all of it is there. Nothing is written through a link that leads out of the cache.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -119,7 +120,7 @@ class Part:
         """False if another program is at it. Raises `OSError`."""
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             if os.fstat(descriptor).st_ino != self._path.lstat().st_ino:
                 raise BlockingIOError  # it was finished by another between the two lines above
         except (BlockingIOError, FileNotFoundError):
@@ -163,6 +164,15 @@ class Part:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Raises `BlockingIOError` if another has it. A file system that knows no locks goes without."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def sync(folder: Path) -> None:

@@ -124,6 +124,7 @@ async def delete(model_id: str, confirmed: Annotated[Confirmed, Query()], servic
             code="confirmation_required",
         )
     done = await asyncio.to_thread(carry_out, model, places, confirmed.confirmation, confirmed.revision)
+    await services.downloads.forget(model_id)
     await services.pool.refresh()
     return DeletionView.of(done)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import SecretStr
@@ -12,6 +13,7 @@ from mlx_manager import app
 from mlx_manager.api.system import ModelState, ServerStatus
 from mlx_manager.api.web import page
 from mlx_manager.config import Config
+from mlx_manager.inference.entry import State
 from tests.api.served import Reply, Served, ask, request, serve
 
 MODELS = Path(__file__).parents[1] / "fixtures" / "models"
@@ -112,6 +114,12 @@ def test_what_comes_from_outside_is_text(text: str) -> None:
     (main,) = elements.named("main")
     assert ServerStatus.model_validate_json(main["data-status"] or "") == status
     assert text in elements.text
+
+
+def test_there_is_a_word_for_every_state_of_a_model(served: Served) -> None:
+    words = re.search(r"STATES = \{(.*?)\}", get(served, "/static/page.js?v=1").body.decode(), re.DOTALL)
+    assert words is not None
+    assert set(re.findall(r"(\w+): \"", words[1])) == set(get_args(State))
 
 
 @pytest.mark.parametrize(("name", "media_type"), [("page.css", "text/css"), ("page.js", "text/javascript"), ("icon.svg", "image/svg+xml")])

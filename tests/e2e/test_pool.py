@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -76,6 +77,15 @@ def test_a_third_model_takes_the_place_of_the_least_recently_used(server: Runnin
     assert server.metric("mlx_manager_model_evictions_total", reason="room") >= 2
     assert server.metric("mlx_manager_models_hot") == 2
     assert server.metric("mlx_manager_memory_bytes", part="weights") == pool_of(server)["memory"]["weights"]
+
+
+@pytest.mark.requirement("D-07", "F6")
+def test_of_every_model_it_is_told_whether_it_fits_and_the_sum(server: Running) -> None:
+    fit = pool_of(server)["qwen3"]["fit"]
+    assert fit["needed"] == fit["weights"] + fit["adapter"] + fit["kv"] + fit["prefill"]
+    assert (fit["limit"], fit["kv_for_context"]) == (60_000_000, 2048 * 4096)
+    assert fit["verdict"] == "tight", "its keys and values are for less than the whole context"
+    assert pool_of(server)["tiny_bert"]["fit"]["verdict"] == "fits"
 
 
 @pytest.mark.requirement("D-07", "Q2")
@@ -316,3 +326,24 @@ def test_what_is_preloaded_stays_and_what_aborted_the_process_is_left_out_at_the
         with running.http() as http:
             reply = http.post("/v1/completions", json={"model": "mistral", "prompt": "a", "max_tokens": 1})
         assert reply.status_code == 503, "both are pinned, and nobody is to wait"
+
+        with running.http() as http:
+            for name in ("qwen3", "llama"):
+                http.patch(f"/api/models/{name}", json={"pinned": False})
+        for name in ("qwen3", "qwen3", "llama", "mistral"):
+            say(running, name)
+        pool = pool_of(running)
+        assert [pool[name]["state"] for name in ("qwen3", "llama", "mistral")] == ["ready", "cold", "ready"], "llama was asked least often"
+
+
+@pytest.mark.requirement("F6", "K1")
+def test_a_server_can_keep_nothing_and_take_a_share_of_the_machine(tmp_path: Path) -> None:
+    with serve_process(tmp_path, {"MLX_MANAGER_KEEP_ALIVE": "0", "MLX_MANAGER_MAX_MEMORY": "50%"}) as running:
+        assert say(running, "qwen3") != ""
+        deadline = time.monotonic() + GENEROUS_S
+        while (pool := pool_of(running))["qwen3"]["state"] != "cold":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert running.metric("mlx_manager_model_evictions_total", reason="idle") == 1
+        assert pool["memory"]["limit"] == pytest.approx(psutil.virtual_memory().total / 2, rel=0.01)
+        assert pool["qwen3"]["keep_alive_s"] == 0

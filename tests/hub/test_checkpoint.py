@@ -5,9 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx_lm.utils import MODEL_REMAPPING
 
-from mlx_manager.hub.checkpoint import EMBEDDING_MODULES, SAME_ARCHITECTURE, Checkpoint, Unusable, kv_bytes_per_token, read
+from mlx_manager.hub.checkpoint import (
+    EMBEDDING_MODULES,
+    SAME_ARCHITECTURE,
+    Checkpoint,
+    Unusable,
+    kv_bytes_per_token,
+    pass_bytes_per_token,
+    read,
+)
 from tests.hub.folders import BERT, LLAMA, WEIGHTS, write_model, write_safetensors
 
 VISION_WEIGHTS: dict[str, Any] = {"vision_tower.proj.weight": {"dtype": "F32", "shape": [4, 2], "data_offsets": [0, 32]}}
@@ -266,3 +276,22 @@ def test_what_a_model_keeps_stands_in_its_checkpoint(tmp_path: Path) -> None:
     assert text.pass_bytes_per_token is not None
     assert read(write_model(tmp_path / "bare"), "bare").kv_bytes_per_token is None
     assert read(write_model(tmp_path / "bert", BERT), "bert").kv_bytes_per_token == 0
+
+
+_KEYS = [
+    "attn_layer_offset", "attn_layer_period", "block_types", "dtype", "full_attention_interval", "full_attn_idxs", "global_head_dim",
+    "head_dim", "hidden_size", "hybrid_override_pattern", "intermediate_size",
+    "kv_lora_rank", "layer_group_size", "layer_types", "linear_attn_config",
+    "model_type", "multi_query", "num_attention_heads", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads",
+    "num_kv_shared_layers", "qk_nope_head_dim", "qk_rope_head_dim", "text_config", "v_head_dim",
+]  # fmt: skip
+_VALUES = st.sampled_from(
+    [None, True, 0, 1, 3, -2, 10**15, 1.5, "attention", "deepseek_v3", "mamba", [], [1, "full_attention"], {}, {"full_attn_layers": [1]}]
+)
+
+
+@given(st.dictionaries(st.sampled_from(_KEYS), _VALUES), st.booleans())
+def test_no_configuration_is_too_odd_to_be_counted(config: dict[str, Any], nested: bool) -> None:
+    config = {"text_config": config} if nested else config
+    for counted in (kv_bytes_per_token(config), pass_bytes_per_token(config)):
+        assert counted is None or counted >= 0

@@ -54,7 +54,12 @@ def checkpoint(models: Path, id: str) -> Checkpoint:
 
 
 def load(weights: SharedWeights, models: Path, id: str) -> Any:
-    return weights.load(checkpoint(models, id), fingerprint(models / id.partition(":")[0]), Progress())
+    reading = weights.load(checkpoint(models, id), fingerprint(models / id.partition(":")[0]), Progress(), piece_bytes=1 << 20)
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            return end.value
 
 
 def mlx_lms(models: Path, id: str) -> Any:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_manager.hub.checkpoint import read
 from mlx_manager.inference.memory import (
+    LEAST_KV_BYTES,
     EvictionPolicy,
     Fit,
     MustLeave,
@@ -109,11 +110,17 @@ def test_a_model_gets_a_sixth_of_what_its_weights_leave_and_in_any_case_room_for
     assert kv(5 * GB) == least_kv(100_000, 32_768) == 819_200_000
 
 
-def test_what_is_said_of_keys_and_values_is_taken_and_who_keeps_none_gets_none() -> None:
+def test_what_is_said_of_keys_and_values_is_taken() -> None:
     said = need_of(weights_key="", weight_bytes=1, kv_bytes_per_token=8, context_length=64, prefill=0, available=GB, kv_bytes=7)
     assert said.kv == 7
-    none = need_of(weights_key="", weight_bytes=1, kv_bytes_per_token=0, context_length=64, prefill=0, available=GB, kv_bytes=7)
-    assert none.kv == 0
+
+
+def test_who_measures_texts_keeps_no_keys_and_who_keeps_states_instead_has_room_for_them() -> None:
+    checkpoint = read(folder("qwen3"), "qwen3")
+    for kind in ("embedding", "reranker"):
+        assert need(replace(checkpoint, kind=kind), available=GB, kv_bytes=7, prefill_tokens=128).kv == 0
+    recurrent = replace(checkpoint, kv_bytes_per_token=0)
+    assert need(recurrent, available=0, kv_bytes=None, prefill_tokens=128).kv == LEAST_KV_BYTES
 
 
 def verdict(weights: int, limit: int, *, context_length: int = 8192, kv_bytes_per_token: int | None = 100_000) -> Fit:

@@ -2,10 +2,11 @@
 
 import asyncio
 import gc
+import random
 import shutil
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,15 @@ class Pooled:
         return {s.checkpoint.id for s in self.pool.statuses() if s.state == "ready"}
 
 
-MakePool = Callable[..., Any]
-
-
 @asynccontextmanager
 async def pooled(
-    device: Device, models: Path, *, room: float = 2.5, marks: Path | None = None, real: bool = False, **policy: Any
+    device: Device,
+    models: Path,
+    *,
+    room: float = 2.5,
+    marks: Path | None = None,
+    real: bool = False,
+    **settings: Any,
 ) -> AsyncGenerator[Pooled]:
     def find() -> list[Any]:
         return list(find_models([models], None).models)
@@ -94,8 +98,8 @@ async def pooled(
     pool = Pool(
         device,
         find,
-        LIMITS,
-        PoolPolicy(**policy),
+        replace(LIMITS, **{k: v for k, v in settings.items() if hasattr(LIMITS, k)}),
+        PoolPolicy(**{k: v for k, v in settings.items() if not hasattr(LIMITS, k)}),
         limit=lambda: int(room * each),
         in_use=memory_in_use if real else memory,
         clock=clock,
@@ -170,6 +174,40 @@ async def test_models_of_every_kind_share_the_limit(device: Device, models: Path
         assert need_of_bert is not None
         assert need_of_bert.kv == 0
         assert need_of_bert.weights > 0
+
+
+@pytest.mark.requirement("F7", "F8")
+async def test_the_memory_is_within_the_limit_at_its_peak_too(device: Device, models: Path) -> None:
+    async with pooled(device, models, real=True) as p:
+        before = await measured(device)
+        await within(device.run(mx.reset_peak_memory))
+        for name in (*NAMES, *NAMES):
+            async with p.pool.lend(name) as model:
+                prompts = [SequenceSpec(tuple(range(300 + i, 700 + i)), 8, GREEDY) for i in range(4)]
+                await within(receive(model.engine, prompts))
+            del model
+        peak = await within(device.run(mx.get_peak_memory))
+        host = sum(s.cache.host_bytes for s in p.pool.statuses() if s.cache is not None)
+        assert await p.pool.limit() >= peak - before + host > 2 * (models / "one" / "model.safetensors").stat().st_size
+        assert p.pool.counters.loads["ready"] == 6
+
+
+@pytest.mark.requirement("F2", "8.1")
+async def test_a_reply_goes_on_while_another_model_is_loaded_piece_by_piece(device: Device, models: Path) -> None:
+    async with pooled(device, models, piece_bytes=1000) as p, p.pool.lend("one") as model:
+        await within(p.pool.dialect("two"))
+        loading = asyncio.create_task(p.pool.load("two"))
+        stream = model.engine.submit([SequenceSpec((310, 320, 330), 400, GREEDY)])
+        await within(anext(stream))
+        seen: set[int] = set()
+        num_meanwhile = 0
+        async for _ in stream:
+            if (status := p.of("two")).state == "loading" and 0 < status.read_bytes < status.checkpoint.size_bytes // 2:
+                seen.add(status.read_bytes)
+                num_meanwhile += 1
+        await within(loading)
+        assert num_meanwhile > 3
+        assert len(seen) > 3, "and it is told how far it is"
 
 
 # ---- who waits, and who is refused
@@ -365,6 +403,24 @@ async def test_ten_times_loaded_used_and_unloaded_it_says_the_same_and_leaves_no
         assert await measured(device) - before < 100_000
 
 
+@pytest.mark.requirement("F5")
+async def test_prefixes_of_a_model_that_leaves_are_on_the_disk_and_are_found_when_it_is_back(
+    device: Device, models: Path, tmp_path: Path
+) -> None:
+    disk = {"disk_bytes": 1 << 30, "disk_folder": tmp_path / "prefixes"}
+    long = SequenceSpec(tuple(range(300, 400)), 4, GREEDY)
+    async with pooled(device, models, room=1.5, **disk) as p:
+        said: list[list[int]] = []
+        for name in ("one", "two", "one"):
+            async with p.pool.lend(name) as model:
+                (received,) = await within(receive(model.engine, [long]))
+                said.append(received.tokens)
+                fetched = model.engine.counters.fetched_blocks
+            del model
+        assert said[0] == said[2]
+        assert fetched == 3, "of its 100 tokens"
+
+
 @pytest.mark.requirement("F5", "SRV-02", "BUGFIX-07")
 async def test_the_parts_of_the_memory_add_up_to_what_is_measured(device: Device, models: Path) -> None:
     async with pooled(device, models, real=True) as p:
@@ -473,3 +529,41 @@ async def measured(device: Device) -> int:
         return mx.get_active_memory()
 
     return await within(device.run(look))
+
+
+@pytest.mark.requirement("SRV-02", "Q1", "Q2")
+async def test_whoever_comes_and_goes_in_whatever_order_is_answered_and_the_promises_stay_within_the_limit(
+    device: Device, models: Path
+) -> None:
+    lot = random.Random(7)
+    async with pooled(device, models, room=2.2, memory_wait_s=1e6) as p:
+        said = {name: await within(p.ask(name)) for name in NAMES}
+        limit = await p.pool.limit()
+        over: list[int] = []
+        num_answers = 0
+
+        async def one() -> None:
+            nonlocal num_answers
+            await asyncio.sleep(lot.random())
+            name = lot.choice(NAMES)
+            match lot.randrange(8):
+                case 0:
+                    await p.pool.unload(name)
+                case 1:
+                    await p.pool.configure(name, pinned=None, keep_alive_s=lot.choice([None, 0.0]))
+                case 2:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(lot.random() / 4):
+                            await p.ask(name)
+                case _:
+                    assert await p.ask(name, 4) == said[name]
+                    num_answers += 1
+            over.append(p.pool.memory().taken - limit)
+
+        async with asyncio.timeout(120):
+            await asyncio.gather(*(one() for _ in range(80)))
+        assert num_answers > 30
+        assert max(over) < 100_000, "the headers of files are no weights"
+        for name in NAMES:
+            await within(p.pool.unload(name))
+        assert (p.hot, p.pool.memory().taken) == (set(), 0)

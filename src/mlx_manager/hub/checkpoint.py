@@ -360,6 +360,7 @@ _LATENT = frozenset(
     }
 )  # fmt: skip
 """Model types that keep what keys and values are made from: one row for all heads."""
+_MOST_LAYERS = 10_000
 
 
 def kv_bytes_per_token(config: Mapping[str, Any]) -> int | None:
@@ -369,7 +370,8 @@ def kv_bytes_per_token(config: Mapping[str, Any]) -> int | None:
     count: it is the same size for any number of tokens.
     """
     text = _text(config)
-    if text.get("model_type", config.get("model_type")) in _RECURRENT:
+    architecture = str(text.get("model_type", config.get("model_type")))
+    if architecture in _RECURRENT:
         return 0
     layers = _num_attending(text)
     if layers is None:
@@ -379,8 +381,8 @@ def kv_bytes_per_token(config: Mapping[str, Any]) -> int | None:
         rope = _positive(text.get("qk_rope_head_dim"))
         if rope is None:
             return None
-        if text.get("model_type", config.get("model_type")) in _LATENT:
-            per_layer = 2 if str(text.get("model_type")).startswith("longcat") else 1
+        if architecture in _LATENT:
+            per_layer = 2 if architecture.startswith("longcat") else 1
             return layers * per_layer * (latent + rope) * element_bytes
         heads, plain, value = (_positive(text.get(n)) for n in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
         if heads is None or plain is None:
@@ -419,9 +421,9 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any]:
 def _num_attending(text: Mapping[str, Any]) -> int | None:
     """How many layers keep keys and values of their own."""
     layers = _first(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    if layers is None:
+    if layers is None or layers > _MOST_LAYERS:
         return None
-    layers -= _positive(text.get("num_kv_shared_layers")) or 0
+    layers = max(0, layers - (_positive(text.get("num_kv_shared_layers")) or 0))
     if (types := _layer_types(text)) is not None:
         return sum("attention" in kind and "linear" not in kind for kind in types[:layers])
     if isinstance(pattern := text.get("hybrid_override_pattern"), str):

@@ -9,7 +9,16 @@ from mlx_manager.inference.embedder import Embedder, LocalEmbedder
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.sequence import URGENCY
-from mlx_manager.inference.loader import EngineLimits, Progress, SharedWeights, load_dialect, load_embedder, load_engine, load_text_reader
+from mlx_manager.inference.loader import (
+    EngineLimits,
+    Progress,
+    SharedWeights,
+    Turns,
+    load_dialect,
+    load_embedder,
+    load_engine,
+    load_text_reader,
+)
 from mlx_manager.inference.local_model import LocalModel
 from mlx_manager.inference.memory import Need, NoRoom
 from mlx_manager.inference.text_reader import TextReader
@@ -81,6 +90,11 @@ class Entry(Generic[R, M]):
         return self.hot is not None and self.hot.num_lent == 0 and self.num_wanting == 0
 
     @property
+    def is_going(self) -> bool:
+        """On its way out of memory: before any load that begins from now on it is gone."""
+        return self.leaving is not None and self.leaving.num_lent == 0
+
+    @property
     def held(self) -> Need | None:
         """The memory that it takes, or has been promised."""
         hot = self.hot if self.hot is not None else self.leaving
@@ -90,7 +104,7 @@ class Entry(Generic[R, M]):
         """Any thread."""
         raise NotImplementedError
 
-    def load(self, reader: R, device: Device, limits: EngineLimits, weights: SharedWeights) -> tuple[M, int]:
+    def load(self, reader: R, device: Device, limits: EngineLimits, weights: SharedWeights) -> Turns[tuple[M, int]]:
         """The model, and the bytes of its weights without an adapter's. On the device thread."""
         raise NotImplementedError
 
@@ -101,8 +115,8 @@ class TextEntry(Entry[Dialect, LocalModel]):
     def read(self) -> Dialect:
         return load_dialect(self.checkpoint.path, self.checkpoint.context_length, sees=self.checkpoint.kind == "vision")
 
-    def load(self, reader: Dialect, device: Device, limits: EngineLimits, weights: SharedWeights) -> tuple[LocalModel, int]:
-        engine, weight_bytes = load_engine(self.checkpoint, reader, device, limits, weights, self.progress)
+    def load(self, reader: Dialect, device: Device, limits: EngineLimits, weights: SharedWeights) -> Turns[tuple[LocalModel, int]]:
+        engine, weight_bytes = yield from load_engine(self.checkpoint, reader, device, limits, weights, self.progress)
         return LocalModel(reader, engine), weight_bytes
 
 
@@ -110,7 +124,8 @@ class EmbeddingEntry(Entry[TextReader, LocalEmbedder]):
     def read(self) -> TextReader:
         return load_text_reader(self.checkpoint)
 
-    def load(self, reader: TextReader, device: Device, limits: EngineLimits, weights: SharedWeights) -> tuple[LocalEmbedder, int]:
+    def load(self, reader: TextReader, device: Device, limits: EngineLimits, weights: SharedWeights) -> Turns[tuple[LocalEmbedder, int]]:
+        yield
         embedder, weight_bytes = load_embedder(self.checkpoint, device, limits)
         return LocalEmbedder(reader, embedder), weight_bytes
 

@@ -12,10 +12,10 @@ import json
 import logging
 import threading
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from mlx_manager.core.messages import Image, Message
 from mlx_manager.core.requests import Conversation, GenerationRequest
@@ -38,6 +38,7 @@ from mlx_manager.inference.families.detect import detect
 from mlx_manager.inference.picture_reader import PictureReader
 from mlx_manager.inference.text_reader import TextReader
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -45,20 +46,25 @@ log = logging.getLogger(__name__)
 class EngineLimits:
     """`max_sequences` are decoded together. A step computes at most `prefill_budget` prompt tokens, and as many fewer as it takes to stay
     within `step_s` seconds while others decode. `kv_bytes` is the share of a model for keys and values, and `pass_bytes` what a pass over a
-    piece of a prompt may take; None: the pool decides for each model. `ageing_s` of waiting are worth a class of priority. `check_every`
-    and `ahead`: see `Engine`; None: unless the device is the CPU. Prefixes that left memory are kept in `disk_folder`, up to `disk_bytes`
-    for a model."""
+    piece of a prompt may take; None: the pool decides for each model. Weights are read in pieces of `piece_bytes`. `ageing_s` of waiting
+    are worth a class of priority. `check_every` and `ahead`: see `Engine`; None: unless the device is the CPU. Prefixes that left memory
+    are kept in `disk_folder`, up to `disk_bytes` for a model."""
 
     max_sequences: int = 32
     prefill_budget: int = 2048
     step_s: float = 0.05
     kv_bytes: int | None = None
     pass_bytes: int | None = None
+    piece_bytes: int = 256 << 20
     ageing_s: float = 10.0
     check_every: int = 0
     ahead: bool | None = None
     disk_bytes: int = 0
     disk_folder: Path | None = None
+
+
+Turns = Generator[None, None, T]
+"""Work on the device thread that lets others have their turns wherever it yields."""
 
 
 # Tokens, for a checkpoint that does not say how many it was made for.
@@ -175,12 +181,14 @@ class Progress:
 
 class SharedWeights:
     """The weights of text models, in memory once for all who are loaded from the same files: a model with an adapter costs what the
-    adapter does. Knows them by folder and fingerprint, and keeps none of them there. Owned by the device thread."""
+    adapter does. Knows them by folder and fingerprint, and keeps none of them there; of what was loaded before it remembers in `caches`,
+    by the fingerprints of model and adapter, which cache was proven. Owned by the device thread."""
 
     def __init__(self) -> None:
+        self.caches: dict[tuple[str, str], str] = {}
         self._models: list[tuple[tuple[Path, str], weakref.ref[Any]]] = []
 
-    def load(self, checkpoint: Checkpoint, key: str, progress: Progress) -> Any:
+    def load(self, checkpoint: Checkpoint, key: str, progress: Progress, piece_bytes: int) -> Turns[Any]:
         """A model of its own, with its adapter, on weights that are read if nobody has them. Raises `Unusable` for an adapter that does
         not fit any more."""
         from mlx_lm.utils import load_model
@@ -193,7 +201,7 @@ class SharedWeights:
         model, _ = load_model(checkpoint.path, lazy=True, trust_remote_code=False)
         if lender is not None:
             model.load_weights(list(base_arrays(lender).items()))
-        _read_weights(model, progress)
+        yield from _read_weights(model, progress, piece_bytes)
         if checkpoint.adapter is not None:
             check_fit(checkpoint.adapter, checkpoint)
             apply(checkpoint.adapter, model)
@@ -201,36 +209,35 @@ class SharedWeights:
         return model
 
 
-_PIECE_BYTES = 256 << 20
-
-
-def _read_weights(model: Any, progress: Progress) -> None:
-    """In pieces, so that it can be told how far it is."""
+def _read_weights(model: Any, progress: Progress, piece_bytes: int) -> Turns[None]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     piece: list[Any] = []
-    piece_bytes = 0
+    num_bytes = 0
     for _, array in cast(list[Any], tree_flatten(model.parameters())):
         piece.append(array)
-        piece_bytes += array.nbytes
-        if piece_bytes >= _PIECE_BYTES:
+        num_bytes += array.nbytes
+        if num_bytes >= piece_bytes:
             mx.eval(piece)
-            progress.read_bytes += piece_bytes
-            piece, piece_bytes = [], 0
+            progress.read_bytes += num_bytes
+            piece, num_bytes = [], 0
+            yield
     mx.eval(piece)
-    progress.read_bytes += piece_bytes
+    progress.read_bytes += num_bytes
 
 
 def load_engine(
     checkpoint: Checkpoint, dialect: Dialect, device: Device, limits: EngineLimits, weights: SharedWeights, progress: Progress
-) -> tuple[Engine, int]:
+) -> Turns[tuple[Engine, int]]:
     """Reads the weights and makes the engine that runs them; how many bytes the weights take, without an adapter's. On the device
     thread."""
     import_libraries()
     key = fingerprint(checkpoint.path)
     adapter_key = "" if checkpoint.adapter is None else adapter_fingerprint(checkpoint.adapter)
-    model = load_weights(checkpoint, key, dialect, weights, progress)
+    yield
+    model = yield from load_weights(checkpoint, key, dialect, weights, progress, limits.piece_bytes)
+    yield
     engine = make_engine(
         model,
         device,
@@ -238,13 +245,17 @@ def load_engine(
         vocab_size=dialect.vocab_size,
         model_key=key,
         adapter_key=adapter_key,
-        cost=PassCost(*memory.pass_cost(checkpoint)),
+        cost=PassCost(*memory.pass_cost(checkpoint.pass_bytes_per_token, checkpoint.num_heads)),
+        proven=weights.caches.get((key, adapter_key)),
     )
+    weights.caches[key, adapter_key] = engine.cache_state.kind
     device.attach(engine)
     return engine, _weight_bytes(model) - (0 if checkpoint.adapter is None else checkpoint.adapter.size_bytes)
 
 
-def load_weights(checkpoint: Checkpoint, key: str, dialect: Dialect, weights: SharedWeights, progress: Progress) -> Any:
+def load_weights(
+    checkpoint: Checkpoint, key: str, dialect: Dialect, weights: SharedWeights, progress: Progress, piece_bytes: int
+) -> Turns[Any]:
     """The model; one that can be shown pictures as a `PictureModel`. On the device thread."""
     path = checkpoint.path
     if dialect.pictures is not None:
@@ -257,7 +268,7 @@ def load_weights(checkpoint: Checkpoint, key: str, dialect: Dialect, weights: Sh
         if problem is None:
             return model
         log.warning("%s cannot be shown pictures: %s", path.name, problem)
-    return weights.load(checkpoint, key, progress)
+    return (yield from weights.load(checkpoint, key, progress, piece_bytes))
 
 
 # A gray square: 8 x 8 pixels, PNG.
@@ -274,8 +285,9 @@ def make_engine(
     model_key: str,
     adapter_key: str = "",
     cost: PassCost | None = None,
+    proven: str | None = None,
 ) -> Engine:
-    """The engine for a loaded model. On the device thread."""
+    """The engine for a loaded model; `proven`: see `choose_cache`. On the device thread."""
     import mlx.core as mx
 
     from mlx_manager.inference.engine import paged_attention
@@ -284,8 +296,8 @@ def make_engine(
     from mlx_manager.inference.engine.runner import Runner
 
     backend = paged_attention.backend()
-    kv_bytes = memory.UNKNOWN_KV_BYTES if limits.kv_bytes is None else limits.kv_bytes
-    cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend))
+    kv_bytes = memory.LEAST_KV_BYTES if limits.kv_bytes is None else limits.kv_bytes
+    cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend), proven)
     num_blocks = num_blocks_within(cache, kv_bytes)
     policy = Policy(
         cost=cost,
@@ -359,7 +371,7 @@ def machine_bytes() -> int:
     if mx.default_device() == mx.Device(mx.cpu):
         return total
     info = mx.device_info()
-    return min(total, int(info.get("max_recommended_working_set_size") or info.get("memory_size") or total))
+    return min(total, int(info.get("max_recommended_working_set_size") or info.get("total_memory") or total))
 
 
 def machine_limit() -> int:

@@ -15,11 +15,12 @@ Relief = Literal["smaller prefill", "prefixes", "idle models", "loads wait", "re
 KV_SHARE = 6
 """A model may have a sixth of what its weights leave for keys and values."""
 LEAST_KV_TOKENS = 8192
-UNKNOWN_KV_BYTES = 64 << 20
+LEAST_KV_BYTES = 64 << 20
 SCORE_BYTES = 512 << 20
 """What the scores of one layer's attention may take while a prompt is computed: queries x keys x heads, in float32."""
 _UNKNOWN_PASS_BYTES = 64 << 10
 _MANY_HEADS = 64
+_SCORE_ITEM_BYTES = 4
 _TIGHT = 0.9
 
 
@@ -91,9 +92,14 @@ def need(checkpoint: Checkpoint, *, available: int, kv_bytes: int | None, prefil
         adapter_bytes=adapter,
         kv_bytes_per_token=checkpoint.kv_bytes_per_token,
         context_length=checkpoint.context_length,
-        prefill=prefill_reserve(checkpoint, prefill_tokens),
+        prefill=prefill_reserve(
+            pass_bytes_per_token=checkpoint.pass_bytes_per_token,
+            num_heads=checkpoint.num_heads,
+            context_length=checkpoint.context_length,
+            num_tokens=prefill_tokens,
+        ),
         available=available,
-        kv_bytes=kv_bytes,
+        kv_bytes=0 if checkpoint.kind in ("embedding", "reranker") else kv_bytes,
     )
 
 
@@ -109,33 +115,29 @@ def need_of(
     kv_bytes: int | None,
 ) -> Need:
     """The same of what is known without a checkpoint."""
-    least = least_kv(kv_bytes_per_token, context_length)
-    if least == 0:
-        kv = 0  # it keeps none
-    elif kv_bytes is not None:
-        kv = kv_bytes
-    else:
-        kv = max(least, (available - weight_bytes - adapter_bytes - prefill) // KV_SHARE)
-    return Need(weights_key, weight_bytes, adapter_bytes, kv, prefill)
+    if kv_bytes is None:
+        kv_bytes = max(least_kv(kv_bytes_per_token, context_length), (available - weight_bytes - adapter_bytes - prefill) // KV_SHARE)
+    return Need(weights_key, weight_bytes, adapter_bytes, kv_bytes, prefill)
 
 
 def least_kv(kv_bytes_per_token: int | None, context_length: int | None) -> int:
-    """Enough for a prompt of the whole context or of some thousand tokens; twice, since half of it may be for rows."""
-    if kv_bytes_per_token is None:
-        return UNKNOWN_KV_BYTES
-    return kv_bytes_per_token * (LEAST_KV_TOKENS if context_length is None else min(2 * context_length, LEAST_KV_TOKENS))
+    """Enough for a prompt of the whole context or of some thousand tokens, twice, since half of it may be for rows; and for states, which
+    some models keep instead."""
+    tokens = LEAST_KV_TOKENS if context_length is None else min(2 * context_length, LEAST_KV_TOKENS)
+    return max(LEAST_KV_BYTES, 0 if kv_bytes_per_token is None else kv_bytes_per_token * tokens)
 
 
-def pass_cost(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Bytes of a pass for each of its tokens, and for each pair of one and a token that it attends to."""
-    token = _UNKNOWN_PASS_BYTES if checkpoint.pass_bytes_per_token is None else checkpoint.pass_bytes_per_token
-    return token, 4 * (_MANY_HEADS if checkpoint.num_heads is None else checkpoint.num_heads)
+def pass_cost(pass_bytes_per_token: int | None, num_heads: int | None) -> tuple[int, int]:
+    """Bytes of a pass for each of its tokens, and for each pair of one and a token that it attends to; as of a large model where nothing is
+    known."""
+    token = _UNKNOWN_PASS_BYTES if pass_bytes_per_token is None else pass_bytes_per_token
+    return token, _SCORE_ITEM_BYTES * (_MANY_HEADS if num_heads is None else num_heads)
 
 
-def prefill_reserve(checkpoint: Checkpoint, num_tokens: int) -> int:
+def prefill_reserve(*, pass_bytes_per_token: int | None, num_heads: int | None, context_length: int | None, num_tokens: int) -> int:
     """What a pass over so many prompt tokens may take, at the end of the longest prompt; its scores are bounded by smaller pieces."""
-    token, pair = pass_cost(checkpoint)
-    context = LEAST_KV_TOKENS if checkpoint.context_length is None else checkpoint.context_length
+    token, pair = pass_cost(pass_bytes_per_token, num_heads)
+    context = LEAST_KV_TOKENS if context_length is None else context_length
     num_tokens = min(num_tokens, context)
     return num_tokens * token + min(SCORE_BYTES, num_tokens * context * pair)
 

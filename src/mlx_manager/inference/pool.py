@@ -30,6 +30,7 @@ from mlx_manager.inference import memory
 from mlx_manager.inference.dialect import Dialect
 from mlx_manager.inference.embedder import Embedder, LocalEmbedder
 from mlx_manager.inference.engine.device import Device
+from mlx_manager.inference.engine.disk_tier import DiskTier
 from mlx_manager.inference.engine.engine import CacheState, Engine
 from mlx_manager.inference.engine.sequence import URGENCY
 from mlx_manager.inference.entry import ENTRIES, AnyEntry, EmbeddingEntry, Entry, Hot, Phase, State, TextEntry
@@ -38,13 +39,14 @@ from mlx_manager.inference.loader import (
     EngineLimits,
     Progress,
     SharedWeights,
+    Turns,
     Usage,
     free,
     machine_limit,
     memory_in_use,
 )
 from mlx_manager.inference.local_model import LocalModel
-from mlx_manager.inference.memory import EvictionPolicy, MustLeave, Need, NoRoom, Reading, Relief, Resident
+from mlx_manager.inference.memory import EvictionPolicy, Fit, MustLeave, Need, NoRoom, Reading, Relief, Resident
 from mlx_manager.inference.text_reader import TextReader
 
 log = logging.getLogger(__name__)
@@ -69,12 +71,14 @@ class PoolPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """`error` says why the last load failed; `load_s` how long the last one took, in seconds. `phase` and `read_bytes` say how far a load
+    """`fit` says whether it would fit all by itself, None while the limit is not known. `error` says why the last load failed; `load_s` how
+    long the last one took, in seconds. `phase` and `read_bytes` say how far a load
     is, and `no_room` why it waits. `need` is what it takes or will take, None while it takes nothing. `idle_s` is the time since its last
     use, and `expires_in_s` that until it is unloaded, in seconds."""
 
     checkpoint: Checkpoint
     state: State
+    fit: Fit | None = None
     error: str | None = None
     load_s: float | None = None
     num_running: int = 0
@@ -122,6 +126,7 @@ class PoolCounters:
 
 
 R = TypeVar("R")
+T = TypeVar("T")
 M = TypeVar("M", bound=LocalModel | LocalEmbedder)
 
 
@@ -129,7 +134,7 @@ M = TypeVar("M", bound=LocalModel | LocalEmbedder)
 class _Place:
     """Of a load in the queue for memory; the future's result says how much it may take."""
 
-    entry: AnyEntry
+    entry: Entry[Any, Any]
     number: int
     room: "asyncio.Future[Need]"
 
@@ -160,6 +165,7 @@ class Pool:
         self._clock = clock
         self._marks = LoadMarks(marks_folder)
         self._weights = SharedWeights()
+        self._at_work: asyncio.Task[Any] | None = None  # the load that has its turns on the device
         self._entries: dict[str, AnyEntry] = {}
         self._waiting: set[asyncio.Future[str]] = set()  # one for each who waits for a load; its result ends the wait
         self._places: list[_Place] = []
@@ -354,7 +360,7 @@ class Pool:
         return self._limit
 
     def memory(self) -> MemoryStatus:
-        needs = [need for entry in self._entries.values() if (need := entry.held) is not None]
+        needs = [resident.need for resident in self._residents()]
         caches = [status.cache for status in self.statuses() if status.cache is not None]
         return MemoryStatus(
             limit=self._limit,
@@ -441,7 +447,7 @@ class Pool:
             for hot in (entry.hot, entry.leaving):
                 if hot is not None:
                     worker, hot.model = [hot.worker()], None
-                    await self._device.run(lambda worker=worker: self._free(worker))
+                    await self._free(worker)
             entry.hot = entry.leaving = None
 
     # ---- inside: loads
@@ -506,9 +512,9 @@ class Pool:
             need = await self._room_for(entry)
             limits = replace(self._limits, kv_bytes=need.kv, prefill_budget=self._pass_tokens, pass_bytes=need.prefill)
             entry.phase = "loading"
-            model, weight_bytes = await self._device.run(lambda: self._load_marked(entry, reader, limits))
-        except NotEnoughMemory:
-            raise  # nothing is wrong with the model
+            model, weight_bytes = await self._in_turns(self._load_marked(entry, reader, limits))
+        except (NotEnoughMemory, EngineFault):
+            raise  # nothing is wrong with the model: there is no room for it, or the device has stopped
         except ModelLoadFailed as error:
             if entry.error is None:
                 entry.error = error.message
@@ -533,11 +539,30 @@ class Pool:
                 entry.loading = entry.phase = None
             self._admit()
 
-    def _load_marked(self, entry: Entry[R, M], reader: R, limits: EngineLimits) -> tuple[M, int]:
-        """On the device thread. What a failure leaves behind is freed there."""
+    async def _in_turns(self, work: Turns[T]) -> T:
+        """Has work done on the device thread between everybody else's. One load at a time: who shares weights is to find them there."""
+
+        def go_on() -> tuple[T] | None:
+            try:
+                next(work)
+            except StopIteration as end:
+                return (end.value,)
+
+        while self._at_work is not None:
+            await asyncio.wait({self._at_work})
+        self._at_work = asyncio.current_task()
+        try:
+            while (done := await self._device.run(go_on)) is None:
+                pass
+        finally:
+            self._at_work = None
+        return done[0]
+
+    def _load_marked(self, entry: Entry[R, M], reader: R, limits: EngineLimits) -> Turns[tuple[M, int]]:
+        """What a failure leaves behind is freed. On the device thread."""
         with self._marks.marked(entry.checkpoint.id):
             try:
-                return entry.load(reader, self._device, limits, self._weights)
+                return (yield from entry.load(reader, self._device, limits, self._weights))
             except Exception as error:
                 _forget_frames(error)
                 gc.collect()  # a model that was half made may hold itself
@@ -555,7 +580,7 @@ class Pool:
             raise ModelTooLarge(entry.checkpoint.id, needed=least.total, limit=limit)
         if entry.leaver is not None:
             await asyncio.wait({entry.leaver})
-        place = _Place(entry, next(self._numbers), asyncio.get_running_loop().create_future())  # type: ignore[arg-type]
+        place = _Place(entry, next(self._numbers), asyncio.get_running_loop().create_future())
         self._places.append(place)
         self._admit()
         if not place.room.done():
@@ -565,7 +590,7 @@ class Pool:
         finally:
             if place in self._places:
                 self._places.remove(place)
-        leavers = {e.leaver for e in self._entries.values() if e.leaver is not None and e.leaving is not None and not e.leaving.num_lent}
+        leavers = {e.leaver for e in self._entries.values() if e.leaver is not None and e.is_going}
         entry.phase = "evicting" if leavers else "loading"
         if leavers:
             await asyncio.wait(leavers)
@@ -622,7 +647,7 @@ class Pool:
         return memory.who_must_leave(self._residents(), wanted, limit=self._limit, policy=self._policy.eviction)
 
     def _residents(self) -> list[Resident]:
-        """All that take memory, but those who are about to be freed: that comes before any load."""
+        """All that take memory, or have been promised some."""
         return [
             Resident(
                 id=model_id,
@@ -632,7 +657,7 @@ class Pool:
                 num_uses=entry.num_uses,
             )
             for model_id, entry in self._entries.items()
-            if (need := entry.held) is not None and not (entry.leaving is not None and entry.leaving.num_lent == 0)
+            if (need := entry.held) is not None and not entry.is_going
         ]
 
     def _refusal(self, entry: Entry[Any, Any], no_room: NoRoom) -> NotEnoughMemory:
@@ -668,21 +693,29 @@ class Pool:
         await hot.idle.wait()
         worker, hot.model = [hot.worker()], None  # the device thread is to have the last reference
         try:
-            await self._device.run(lambda: self._free(worker))
+            await self._free(worker)
         except EngineFault:
             pass  # the device has stopped, and everything goes with it
         finally:
             entry.leaving = entry.leaver = None
             self._admit()
 
-    def _free(self, worker: list[Engine | Embedder | None]) -> None:
-        """Takes the only element of a list and ends it. On the device thread."""
-        one = worker.pop()
-        if one is not None:
-            self._device.detach(one)
-            one.close()
-        del one
-        free()
+    async def _free(self, worker: list[Engine | Embedder | None]) -> None:
+        """Takes the only element of a list and ends it; what it kept is on the disk then, if there is one."""
+
+        def end() -> DiskTier | None:
+            one = worker.pop()
+            disk = None
+            if one is not None:
+                self._device.detach(one)
+                disk = one.close()
+            del one
+            free()
+            return disk
+
+        disk = await self._device.run(end)
+        if disk is not None:
+            await asyncio.to_thread(disk.stop)
 
     def _status(self, entry: AnyEntry) -> ModelStatus:
         match entry:
@@ -696,6 +729,7 @@ class Pool:
         return ModelStatus(
             checkpoint=entry.checkpoint,
             state=entry.state,
+            fit=None if self._limit is None else self._fit(entry, self._limit),
             error=entry.error,
             load_s=entry.load_s,
             num_running=num_running,
@@ -712,6 +746,10 @@ class Pool:
             keep_alive_s=self._keep_alive_s(entry),
             expires_in_s=self._expires_in_s(entry),
         )
+
+    def _fit(self, entry: Entry[Any, Any], limit: int) -> Fit:
+        c = entry.checkpoint
+        return memory.fit(self._need(entry, limit), kv_bytes_per_token=c.kv_bytes_per_token, context_length=c.context_length, limit=limit)
 
     async def _text(self, model_id: str) -> TextEntry:
         entry = await self._entry(model_id)

@@ -57,6 +57,13 @@ def test_kernels_that_do_not_work_are_not_used_and_it_is_said_why(kernels: Refer
     assert why in message
 
 
+def test_what_was_proven_before_with_these_weights_is_not_tested_again() -> None:
+    model = weights("gemma3_text")
+    assert choose_cache(model, KV_BYTES, WritesOneTooFar(), proven="paged").name == "paged"
+    assert choose_cache(model, KV_BYTES, Reference(), proven="slots").name == "slots"
+    assert choose_cache(model, KV_BYTES, Reference(), proven="single").name == "single"
+
+
 def test_a_model_that_attends_by_itself_is_left_to_do_so(caplog: pytest.LogCaptureFixture) -> None:
     mx.random.seed(0)
     model = gemma2.Model(gemma2.ModelArgs("gemma2", 64, 2, 64, 2, 32, 1e-6, 100, 2))

@@ -129,6 +129,12 @@ async def test_what_is_kept_gives_way_to_what_is_needed(device: Device, family: 
     assert engine.cache_state.num_cached <= 8
 
 
+async def close(device: Device, engine: Engine) -> None:
+    disk = await within(device.run(engine.close))
+    assert disk is not None
+    await asyncio.to_thread(disk.stop)
+
+
 @pytest.mark.requirement("BATCH-02")
 async def test_a_restart_keeps_the_prefixes_that_lie_on_the_disk(device: Device, family: str, lot: random.Random, tmp_path: Path) -> None:
     disk = {"disk_bytes": 1 << 30, "disk_folder": tmp_path}
@@ -136,12 +142,12 @@ async def test_a_restart_keeps_the_prefixes_that_lie_on_the_disk(device: Device,
     before = make_engine(device, family, **disk)
     async with attached(device, before):
         await within(receive(before, specs))
-        await within(device.run(before.close))
+        await close(device, before)
     after = make_engine(device, family, **disk)
     async with attached(device, after):
         received = await within(receive(after, specs))
         assert await same_as_alone(device, family, specs, received)
-        await within(device.run(after.close))
+        await close(device, after)
     assert after.counters.fetched_blocks == 18
     assert after.counters.prefilled_tokens == 3 * 4
 
@@ -155,7 +161,7 @@ async def test_what_memory_has_no_room_for_comes_back_from_the_disk(
         for _ in range(3):
             for spec in specs:
                 assert await same_as_alone(device, family, [spec], await within(receive(engine, [spec])))
-        await within(device.run(engine.close))
+        await close(device, engine)
     assert engine.counters.fetched_blocks > 0
     assert engine.cache_state.num_evictions > 0
 
@@ -167,7 +173,7 @@ async def test_a_file_that_is_no_good_is_computed_again(device: Device, tmp_path
     before = make_engine(device, "qwen3", **disk)
     async with attached(device, before):
         await within(receive(before, [spec]))
-        await within(device.run(before.close))
+        await close(device, before)
     files = sorted(tmp_path.rglob("*.safetensors"))  # noqa: ASYNC240 - nobody else is on this loop
     assert len(files) == 4
     after = make_engine(device, "qwen3", **disk)
@@ -180,7 +186,7 @@ async def test_a_file_that_is_no_good_is_computed_again(device: Device, tmp_path
             path.write_bytes(files[1].read_bytes())
     async with attached(device, after):
         assert await same_as_alone(device, "qwen3", [spec], await within(receive(after, [spec])))
-        await within(device.run(after.close))
+        await close(device, after)
     assert after.counters.faults == 0
 
 

@@ -11,12 +11,13 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from mlx_manager.api import sse
+from mlx_manager.api.answer import documented_body
 from mlx_manager.api.dependencies import ServicesDep
 from mlx_manager.api.failures import failure
 from mlx_manager.config import parse_duration
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.inference.entry import Phase, State
-from mlx_manager.inference.memory import Relief
+from mlx_manager.inference.memory import Fit, Relief, Verdict
 from mlx_manager.inference.pool import MemoryStatus, ModelStatus, Pool
 from mlx_manager.protocols.body import read_json_object
 
@@ -67,6 +68,33 @@ class ModelMemory(BaseModel):
     kv_in_use: int
 
 
+class ModelFit(BaseModel):
+    """Whether a model would fit all by itself, with the sum, in bytes: `needed` of `limit`. `tight`: hardly anything is left, or `kv` is
+    less than a prompt of the whole context takes (`kv_for_context`; null where it is not known)."""
+
+    verdict: Verdict
+    limit: int
+    needed: int
+    weights: int
+    adapter: int
+    kv: int
+    prefill: int
+    kv_for_context: int | None
+
+    @classmethod
+    def of(cls, fit: Fit) -> "ModelFit":
+        return cls(
+            verdict=fit.verdict,
+            limit=fit.limit,
+            needed=fit.need.total,
+            weights=fit.need.weights,
+            adapter=fit.need.adapter,
+            kv=fit.need.kv,
+            prefill=fit.need.prefill,
+            kv_for_context=fit.kv_for_context,
+        )
+
+
 class PooledModel(BaseModel):
     """`memory` is null while it takes none. `busy`: how many requests have it now. `last_used` and `expires_at` are Unix times;
     `keep_alive_s` null: it never expires."""
@@ -79,6 +107,7 @@ class PooledModel(BaseModel):
     load_s: float | None
     size_bytes: int
     context_length: int | None
+    fit: ModelFit | None
     memory: ModelMemory | None
     pinned: bool
     busy: int
@@ -99,6 +128,7 @@ class PooledModel(BaseModel):
             load_s=status.load_s,
             size_bytes=status.checkpoint.size_bytes,
             context_length=status.checkpoint.context_length,
+            fit=None if status.fit is None else ModelFit.of(status.fit),
             memory=None
             if need is None
             else ModelMemory(
@@ -129,11 +159,6 @@ class ModelOptions(BaseModel):
     keep_alive: str | float | None = None
 
 
-_DOCUMENTED = {
-    "requestBody": {"required": False, "content": {"application/json": {"schema": ModelOptions.model_json_schema()}}},
-}
-
-
 @router.get("/api/models")
 async def models(services: ServicesDep) -> PoolState:
     """Every model with what it takes, and what all of them take of the limit."""
@@ -142,14 +167,14 @@ async def models(services: ServicesDep) -> PoolState:
     return PoolState(memory=Memory.of(services.pool.memory()), models=[PooledModel.of(s) for s in services.pool.statuses()])
 
 
-@router.patch("/api/models/{model_id:path}", openapi_extra=_DOCUMENTED)
+@router.patch("/api/models/{model_id:path}", openapi_extra=documented_body(ModelOptions))
 async def configure(model_id: str, request: Request, services: ServicesDep) -> PooledModel:
     """Pins a model or lets it go again, and says how long it stays when nobody uses it. Loads nothing."""
     await _configure(services.pool, model_id, await request.body())
     return PooledModel.of(services.pool.status(model_id))
 
 
-@router.post("/api/models/{model_id:path}/load", openapi_extra=_DOCUMENTED)
+@router.post("/api/models/{model_id:path}/load", openapi_extra=documented_body(ModelOptions))
 async def load(model_id: str, request: Request, services: ServicesDep) -> Response:
     """Loads a model and tells how far it is, as events: `progress` with the phase (`queued`, `evicting`, `loading`), then `ready` or
     `failed`. The load goes on if the client leaves, once it has begun."""

@@ -2,7 +2,14 @@
 "use strict";
 
 const EVERY_MS = 5000;
-const STATES = { cold: "not loaded", loading: "loading", ready: "ready", failed: "failed" };
+const STATES = {
+  cold: "not loaded",
+  queued: "waits for memory",
+  loading: "loading",
+  ready: "ready",
+  unloading: "being unloaded",
+  failed: "failed",
+};
 const COLUMNS = ["Model", "State", "Running", "Waiting", "Parameters", "Size", "Context"];
 
 const byId = (id) => document.getElementById(id);

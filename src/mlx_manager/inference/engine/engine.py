@@ -323,13 +323,14 @@ class Engine:
 
     # ---- on the device thread
 
-    def close(self) -> None:
-        """Writes what can be found to the disk, if there is one: the most recently used first, as far as its queue goes."""
+    def close(self) -> DiskTier | None:
+        """The end. What can be found is queued for the disk, if there is one, the most recently used first, as far as its queue goes;
+        whoever calls this stops the disk, on another thread, since it may take its time to write."""
         if self._disk is not None:
             for block, content in reversed(self._scheduler.pool.cached_contents()):
                 self._spill(block, content)
-            self._disk.stop()
         self._scheduler.pool.forget_nothing()  # or each of us would keep the other
+        return self._disk
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` if a block is lost, held twice or written by who should not."""

@@ -30,14 +30,15 @@ _MOST_BLOCKS = 1 << 18  # 8 million tokens; a model that keeps nothing but state
 _CONTINUATION = (18, 28, 45)
 
 
-def choose_cache(model: Any, kv_bytes: int, kernels: PagedAttention | None) -> KVCache:
+def choose_cache(model: Any, kv_bytes: int, kernels: PagedAttention | None, proven: str | None = None) -> KVCache:
     """The fastest cache that passes, for `num_blocks_within` these bytes. `kernels` are this device's, if it has any. Reasons why others
-    do not pass are logged."""
+    do not pass are logged. `proven` is the one that passed before with the very same weights: it is taken without a test."""
     for name, make in _ways(model, kernels):
+        if proven not in (None, name):
+            continue
         try:
             tested = make(_TESTED_BLOCKS)
-            problem = tested.self_test() if isinstance(tested, PagedCache) else None
-            problem = problem or self_test(model, tested)
+            problem = _problem(model, tested) if proven is None else None
         except Exception as error:  # noqa: BLE001 - whatever a model does with a cache that it does not know
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -45,6 +46,11 @@ def choose_cache(model: Any, kv_bytes: int, kernels: PagedAttention | None) -> K
                 return make(num_blocks_within(tested, kv_bytes))
         log.info("this model cannot use %s: %s", name, problem)
     return SingleCache(model)
+
+
+def _problem(model: Any, cache: KVCache) -> str | None:
+    problem = cache.self_test() if isinstance(cache, PagedCache) else None
+    return problem or self_test(model, cache)
 
 
 def num_blocks_within(cache: KVCache, kv_bytes: int) -> int:

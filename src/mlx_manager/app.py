@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from mlx_manager import telemetry
 from mlx_manager.api import anthropic, embeddings, failures, openai, prefix, responses, system, tokens, web
 from mlx_manager.api.dependencies import Services
-from mlx_manager.api.manage import models, probe, profiles
+from mlx_manager.api.manage import catalogue, downloads, hub_search, models, probe, profiles
 from mlx_manager.api.middleware import ApiKey, BodyLimit, RequestId, SecurityHeaders, TrustedOrigin
 from mlx_manager.api.server_protocol import ReceiptDeadlines
 from mlx_manager.config import Config
@@ -26,9 +26,14 @@ from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.local import LocalBackend
 from mlx_manager.gateway.remote_media import RemoteMedia
 from mlx_manager.hub.checkpoint import Checkpoint
-from mlx_manager.hub.local import UnusableModel, find_models, hub_cache_folder
+from mlx_manager.hub.client import Hub
+from mlx_manager.hub.downloads import Downloads
+from mlx_manager.hub.local import UnusableModel, all_models, hub_cache_folder
+from mlx_manager.hub.search import Search
+from mlx_manager.hub.store import DownloadStore
 from mlx_manager.inference.blas import keep_freed_memory
 from mlx_manager.inference.engine.device import Device
+from mlx_manager.inference.families.detect import calls_and_thinks
 from mlx_manager.inference.loader import EngineLimits, import_libraries, memory_limit
 from mlx_manager.inference.pool import Pool, PoolPolicy
 from mlx_manager.protocols.responses.history import History
@@ -49,7 +54,7 @@ def build_services(config: Config, *, remembers_loads: bool = True) -> Services:
         max_sequences=config.max_batch,
         prefill_budget=config.prefill_budget,
         step_s=config.step_ms / 1000,
-        kv_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30),
+        kv_bytes=config.kv_cache_bytes,
         disk_bytes=int(config.prefix_disk_gib * 2**30),
         disk_folder=config.prefix_dir,
         ageing_s=config.ageing_s,
@@ -81,6 +86,11 @@ def build_services(config: Config, *, remembers_loads: bool = True) -> Services:
         listeners=(metrics.record, telemetry.trace_exchange),
     )
     seal = Seal(lambda: read_or_make_key(config.reasoning_key_path))
+    hub = Hub.of(config.hub_endpoint, timeout_s=config.hub_timeout_s)
+
+    async def on_download(model: str) -> None:
+        await pool.refresh()
+
     return Services(
         config=config,
         device=device,
@@ -94,6 +104,9 @@ def build_services(config: Config, *, remembers_loads: bool = True) -> Services:
         metrics=metrics,
         seal=seal,
         responses=History(time.monotonic),
+        hub=hub,
+        search=Search(hub, calls_and_thinks),
+        downloads=Downloads(hub, DownloadStore(database), hub_cache_folder(), at_once=config.max_downloads, on_done=on_download),
     )
 
 
@@ -102,7 +115,7 @@ def _finder(config: Config) -> Callable[[], list[Checkpoint]]:
     told: set[UnusableModel] = set()
 
     def find() -> list[Checkpoint]:
-        found = find_models(config.model_folders, hub_cache_folder(), config.adapters_dir)
+        found = all_models(config)
         for broken in found.unusable:
             if broken.is_adapter and broken not in told:
                 told.add(broken)
@@ -120,6 +133,7 @@ async def running(services: Services) -> AsyncGenerator[Services]:
     await services.findings.open()
     await asyncio.to_thread(services.seal.prepare)
     services.device.start()
+    await services.downloads.open()
     importing = asyncio.create_task(asyncio.to_thread(import_libraries))  # ahead of the first request, which would wait for it
     watching = asyncio.create_task(services.pool.watch())
     preloading = asyncio.create_task(services.pool.preload(services.config.preload))
@@ -129,6 +143,9 @@ async def running(services: Services) -> AsyncGenerator[Services]:
         for task in (watching, preloading):
             task.cancel()
         await asyncio.gather(importing, watching, preloading, return_exceptions=True)
+        await services.downloads.close()
+        await services.search.close()
+        await services.hub.close()
         await services.pool.close()
         await asyncio.to_thread(services.device.stop)
         await services.database.close()
@@ -176,6 +193,9 @@ def application(services: Services) -> FastAPI:
     app.include_router(prefix.router)
     app.include_router(profiles.router)
     app.include_router(probe.router)
+    app.include_router(hub_search.router)
+    app.include_router(downloads.router)
+    app.include_router(catalogue.router)
     app.include_router(system.router)
     app.include_router(models.router)
     app.include_router(web.router)
@@ -215,6 +235,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._services.downloads.end_watching()
         self._draining = asyncio.create_task(self._drain())
         await super().shutdown(sockets)
 

@@ -61,6 +61,10 @@ class Config(BaseSettings):
     adapters_dir: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description=f"Folders whose subfolders are LoRA adapters, separated by '{os.pathsep}'; the flag can be repeated."
     )
+    lm_studio_dir: Path | None = Field(None, description="LM Studio's folder of models; where LM Studio keeps it, if it is there.")
+    hub_endpoint: str | None = Field(None, description="Address of the Hub; HF_ENDPOINT, else https://huggingface.co.")
+    hub_timeout_s: float = Field(20.0, gt=0, description="The Hub must answer, or send more of a file, within so many seconds.")
+    max_downloads: int = Field(2, ge=1, description="Models that are downloaded at a time; more wait.")
     api_key: SecretStr | None = Field(None, description="If set, every request but health checks must carry it.")
     allowed_hosts: Several = Field((), description="Further names that `Host` may have, separated by commas.")
     allowed_origins: Several = Field((), description="Web origins that may call the API from a browser, separated by commas.")
@@ -134,6 +138,18 @@ class Config(BaseSettings):
     def model_folders(self) -> tuple[Path, ...]:
         """Where models are looked for, beside the Hub cache: the operator's folders first, then what ships with the package."""
         return (*self.models_dir, BUNDLED_MODELS)
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        return None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30)
+
+    @property
+    def publishers(self) -> Path | None:
+        """LM Studio's folder: the one that is named, or where LM Studio keeps it, if it is on this machine."""
+        if self.lm_studio_dir is not None:
+            return self.lm_studio_dir
+        places = (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models")
+        return next((place for place in places if place.is_dir()), None)
 
     @property
     def prefix_dir(self) -> Path:

@@ -22,6 +22,10 @@ MODELS = Path(__file__).parents[1] / "fixtures" / "models"
 MODEL = "qwen3"
 COMMAND = (sys.executable, "-W", "error", "-m", "mlx_manager")
 WAIT_S = 60
+NAMES = (
+    *("serve", "run", "list", "show", "search", "pull", "rm", "profiles", "alias", "probe"),
+    *("status", "load", "stop", "ps", "doctor", "bench", "version"),
+)
 
 
 @pytest.fixture
@@ -31,6 +35,7 @@ def home(tmp_path: Path) -> dict[str, str]:
     return kept | {
         "HF_HUB_CACHE": str(tmp_path / "hub"),
         "MLX_MANAGER_DATA_DIR": str(tmp_path / "data"),
+        "MLX_MANAGER_LM_STUDIO_DIR": str(tmp_path / "lm-studio"),
         "MLX_MANAGER_MODELS_DIR": str(MODELS),
         "MLX_MANAGER_PORT": str(free_port()),
         "NO_COLOR": "1",
@@ -95,34 +100,13 @@ def asking(address: str, path: str, body: object = None) -> Iterator[http.client
 def test_help_names_every_command_without_importing_what_is_slow(home: dict[str, str]) -> None:
     done = command(home, "--help")
     assert done.returncode == 0
-    for name in (
-        "serve",
-        "run",
-        "list",
-        "show",
-        "profiles",
-        "alias",
-        "probe",
-        "status",
-        "load",
-        "stop",
-        "ps",
-        "doctor",
-        "bench",
-        "version",
-    ):
+    for name in NAMES:
         assert re.search(rf"\b{name}\b", done.stdout)
     slow = "import sys, mlx_manager.cli; print([m for m in ('pydantic', 'mlx', 'transformers', 'fastapi', 'httpx2') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("serve", "run", "chat", "list", "ls", "show", "info", "profiles", "alias", "probe", "status"),
-        *("load", "stop", "unload", "ps", "doctor", "bench", "version"),
-    ],
-)
+@pytest.mark.parametrize("name", [*NAMES, "chat", "ls", "info", "unload"])
 def test_every_command_and_its_other_name_has_help(name: str) -> None:
     from typer.testing import CliRunner  # noqa: PLC0415 - the only test in this process
 

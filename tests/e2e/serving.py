@@ -96,9 +96,10 @@ def make_small_window_model(folder: Path) -> None:
 @contextmanager
 def serve_process(data_dir: Path, settings: Mapping[str, str] | None = None, *, program: str = "tests.e2e.process") -> Iterator[Running]:
     """`python -m` that program on a free port, stopped by its pid."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_MANAGER_", "LOGFIRE_", "OTEL_"))} | {
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_MANAGER_", "HF_", "LOGFIRE_", "OTEL_"))} | {
         "HF_HUB_CACHE": str(data_dir / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "MLX_MANAGER_LM_STUDIO_DIR": str(data_dir / "lm-studio"),
         "PYTHONWARNINGS": "error",
         "MLX_MANAGER_PORT": "0",
         "MLX_MANAGER_DATA_DIR": str(data_dir),

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.messages import Image, Message, RemoteImage, content_of
 from mlx_manager.core.requests import Conversation, GenerationRequest
-from mlx_manager.gateway.http_client import FetchFailed, HttpClient, Url, is_public
 from mlx_manager.gateway.remote_media import MAX_TOTAL_BYTES, RemoteMedia
+from mlx_manager.http_client import FetchFailed, HttpClient, Url, is_public
 from mlx_manager.protocols.media import MAX_IMAGE_BYTES
 from tests.gateway.hosts import (
     Answer,

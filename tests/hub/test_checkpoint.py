@@ -174,10 +174,21 @@ def test_a_model_that_brings_code_is_refused(tmp_path: Path, key: str) -> None:
     assert key in reason(write_model(tmp_path / "model", LLAMA | {key: {"AutoModel": "evil.Model"}}))
 
 
-def test_pickled_weights_are_no_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "weights.npz"])
+def test_weights_that_could_bring_code_are_refused_by_their_name(tmp_path: Path, name: str) -> None:
     path = write_model(tmp_path / "model")
-    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    (path / "model.safetensors").rename(path / name)
+    assert reason(path) == f"its weights are in a form that can bring code along ('{name}'), which is never read"
+
+
+def test_a_folder_of_gguf_files_is_told_apart_from_one_without_weights(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    (path / "model.safetensors").unlink()
     assert reason(path) == "it has no weights (model*.safetensors)"
+    (path / "model.gguf").touch()
+    assert reason(path) == "its weights are GGUF files, which MLX does not run"
+    (path / "config.json").unlink()
+    assert reason(path) == "its weights are GGUF files, which MLX does not run"
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_manager.config import Config
 from mlx_manager.hub.local import find_models
 from tests.hub.folders import BERT, LLAMA, write_model
 
@@ -136,3 +137,34 @@ def test_looking_for_models_imports_no_mlx(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_models_of_lm_studio_lie_below_their_publishers(tmp_path: Path) -> None:
+    write_model(tmp_path / "studio" / "someone" / "small")
+    write_model(tmp_path / "models" / "mine")
+    (tmp_path / "studio" / "gguf-people" / "big-GGUF").mkdir(parents=True)
+    (tmp_path / "studio" / "gguf-people" / "big-GGUF" / "big.gguf").touch()
+    (tmp_path / "studio" / "gguf-people" / "note.txt").touch()
+    snapshot = write_snapshot(tmp_path / "cache", "someone/small", "abc")
+    catalogue = find_models([tmp_path / "models"], tmp_path / "cache", publishers=tmp_path / "studio")
+    assert [(model.id, model.path) for model in catalogue.models] == [
+        ("mine", tmp_path / "models" / "mine"),
+        ("someone/small", tmp_path / "studio" / "someone" / "small"),
+    ]
+    assert snapshot.is_dir()  # of the same name, and second to the other
+    assert [(model.id, model.reason) for model in catalogue.unusable] == [
+        ("gguf-people/big-GGUF", "its weights are GGUF files, which MLX does not run")
+    ]
+    assert catalogue.find("gguf-people/big-GGUF") is catalogue.unusable[0]
+
+
+def test_lm_studios_folder_is_found_where_it_keeps_it_and_elsewhere_if_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MLX_MANAGER_LM_STUDIO_DIR", raising=False)
+    assert Config().publishers is None
+    for place in (tmp_path / ".cache" / "lm-studio" / "models", tmp_path / ".lmstudio" / "models"):
+        place.mkdir(parents=True)
+        assert Config().publishers == place
+    assert Config(lm_studio_dir=tmp_path).publishers == tmp_path

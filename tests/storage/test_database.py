@@ -18,6 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+import mlx_manager.app  # noqa: F401 - with it, every table is known
 from mlx_manager.storage.database import MIGRATIONS, Database, DatabaseUnusable, has_wal_reset_bug, journal_mode
 from mlx_manager.storage.record import Record
 
@@ -40,12 +41,11 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def migrations(tmp_path: Path) -> Path:
-    """Those of a program that has only the first of ours; what comes after it is a test's own."""
-    later = [path.name for path in (MIGRATIONS / "versions").glob("*.py") if not path.name.startswith("0001_")]
-    return shutil.copytree(MIGRATIONS, tmp_path / "100% migrations", ignore=shutil.ignore_patterns("__pycache__", *later))
+    """Ours; what comes after them is a test's own."""
+    return shutil.copytree(MIGRATIONS, tmp_path / "100% migrations", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def add_migration(migrations: Path, revision: str, after: str, body: str) -> None:
+def add_migration(migrations: Path, revision: str, after: str | None, body: str) -> None:
     lines = [
         "import sqlalchemy as sa",
         "from alembic import op",
@@ -166,7 +166,7 @@ def test_the_wal_reset_bug_is_known_by_version(version: tuple[int, int, int], ha
 
 
 async def test_a_row_must_refer_to_one_that_exists(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     async with opened(path, migrations=migrations) as database:
         with pytest.raises(IntegrityError):
             await execute(database, "INSERT INTO child VALUES (7)")
@@ -203,11 +203,11 @@ async def test_another_programs_database_is_never_taken_over(path: Path) -> None
 
 
 async def test_a_newer_versions_database_is_left_alone(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     async with opened(path, migrations=migrations):
         pass
     before = content(path)
-    assert "newer version of MLX Manager (0002_parents)" in await refusal(path)
+    assert "newer version of MLX Manager (9999_parents)" in await refusal(path)
     assert content(path) == before
 
 
@@ -242,26 +242,26 @@ async def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 async def test_a_migration_is_preceded_by_a_backup(path: Path, migrations: Path) -> None:
     async with opened(path, migrations=migrations) as database:
         await execute(database, "CREATE TABLE scratch AS SELECT 'ada' AS name")
-    add_migration(migrations, "0002_more", "0001_baseline", "    op.add_column('scratch', sa.Column('born', sa.Integer))")
+    add_migration(migrations, "9999_more", HEAD, "    op.add_column('scratch', sa.Column('born', sa.Integer))")
     async with opened(path, migrations=migrations) as database:
         assert await execute(database, "SELECT name, born FROM scratch") == [("ada", None)]
-    backup = path.with_name("mlx-manager.db.before-0002_more")
+    backup = path.with_name("mlx-manager.db.before-9999_more")
     assert read(backup, "SELECT * FROM scratch") == [("ada",)]
-    assert read(backup, "SELECT * FROM alembic_version") == [("0001_baseline",)]
+    assert read(backup, "SELECT * FROM alembic_version") == [(HEAD,)]
     assert {file.name for file in path.parent.iterdir()} == {path.name, backup.name}
 
 
 async def test_a_failed_migration_leaves_everything_as_it_was(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     async with opened(path, migrations=migrations):
         pass
-    add_migration(migrations, "0003_drops", "0002_parents", "    op.drop_table('child')")
+    add_migration(migrations, "0003_drops", "9999_parents", "    op.drop_table('child')")
     add_migration(migrations, "0004_fails", "0003_drops", "    op.execute('DELETE FROM parent')\n    op.execute('nonsense')")
     for _ in range(2):
         message = await refusal(path, migrations=migrations)
         assert message.startswith(f"{path}: the migration to 0004_fails failed")
         assert "mlx-manager.db.before-0004_fails" in message
-        assert read(path, "SELECT * FROM alembic_version") == [("0002_parents",)]
+        assert read(path, "SELECT * FROM alembic_version") == [("9999_parents",)]
         assert read(path, "SELECT * FROM parent JOIN child") == [(1, "ada", 1)]
         assert read(path.with_name("mlx-manager.db.before-0004_fails"), "SELECT * FROM parent JOIN child") == [(1, "ada", 1)]
     add_migration(migrations, "0004_fails", "0003_drops", "    op.execute('DELETE FROM parent')")
@@ -270,26 +270,26 @@ async def test_a_failed_migration_leaves_everything_as_it_was(path: Path, migrat
 
 
 async def test_a_failed_first_migration_leaves_nothing_behind_that_blocks_the_next(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_fails", "0001_baseline", PARENTS + "    op.execute('nonsense')")
+    add_migration(migrations, "9999_fails", HEAD, PARENTS + "    op.execute('nonsense')")
     assert "nothing of it was kept" in await refusal(path, migrations=migrations)
     async with opened(path) as database:
         assert await execute(database, "SELECT * FROM alembic_version") == [(HEAD,)]
 
 
 async def test_a_table_can_be_copied_and_dropped_without_its_children(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     copy = "    with op.batch_alter_table('parent', recreate='always') as table:\n        table.drop_column('name')"
-    add_migration(migrations, "0003_copies", "0002_parents", copy)
+    add_migration(migrations, "0003_copies", "9999_parents", copy)
     async with opened(path, migrations=migrations) as database:
         assert await execute(database, "SELECT * FROM parent") == [(1,)]
         assert await execute(database, "SELECT * FROM child") == [(1,)]
 
 
 async def test_a_migration_that_orphans_rows_fails(path: Path, migrations: Path) -> None:
-    add_migration(migrations, "0002_parents", "0001_baseline", PARENTS)
+    add_migration(migrations, "9999_parents", HEAD, PARENTS)
     async with opened(path, migrations=migrations):
         pass
-    add_migration(migrations, "0003_orphans", "0002_parents", "    op.execute('DELETE FROM parent')")
+    add_migration(migrations, "0003_orphans", "9999_parents", "    op.execute('DELETE FROM parent')")
     assert "1 rows refer to rows that are gone, the first in table child" in await refusal(path, migrations=migrations)
     assert read(path, "SELECT * FROM parent") == [(1, "ada")]
 

@@ -9,6 +9,9 @@ from mlx_manager.config import Config
 from mlx_manager.gateway.documents import Documents
 from mlx_manager.gateway.gateway import Gateway
 from mlx_manager.gateway.remote_media import RemoteMedia
+from mlx_manager.hub.client import Hub
+from mlx_manager.hub.downloads import Downloads
+from mlx_manager.hub.search import Search
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.pool import Pool
 from mlx_manager.protocols.responses.history import History
@@ -35,6 +38,9 @@ class Services:
     metrics: Metrics
     seal: Seal
     responses: History
+    hub: Hub
+    search: Search
+    downloads: Downloads
     probing: set[str] = field(default_factory=set[str])
 
 

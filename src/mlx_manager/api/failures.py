@@ -1,8 +1,10 @@
 """Core errors → what the client is told. Rendered here and nowhere else."""
 
 import logging
+import math
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -12,6 +14,8 @@ from mlx_manager.core.errors import (
     Conflict,
     ContextTooLong,
     EngineFault,
+    HubRefused,
+    HubUnavailable,
     InvalidField,
     MLXManagerError,
     ModelLoadFailed,
@@ -20,6 +24,7 @@ from mlx_manager.core.errors import (
     NotFound,
     NotSaved,
     Overloaded,
+    StorageFull,
     TimedOut,
 )
 from mlx_manager.protocols.wire import Failure
@@ -35,12 +40,20 @@ def failure(error: Exception, path: str) -> Failure:
             return Failure(400, "invalid_request_error", "context_length_exceeded", message, param, retry=False)
         case InvalidField():
             return Failure(400, "invalid_request_error", error.code, error.message, error.param, retry=False)
-        case Conflict():
-            return Failure(409, "invalid_request_error", error.code, error.message, error.param, retry=False)
         case ModelNotFound():
             return Failure(404, "invalid_request_error", "model_not_found", error.message, retry=False)
         case NotFound():
             return Failure(404, "invalid_request_error", None, error.message, error.param, retry=False)
+        case Conflict():
+            return Failure(409, "invalid_request_error", error.code, error.message, error.param, retry=False)
+        case HubRefused():
+            return Failure(403, "invalid_request_error", "hub_refused", error.message, retry=False)
+        case HubUnavailable():
+            code = "offline" if error.is_offline else "hub_unavailable"
+            wait_s = None if error.retry_after_s is None else math.ceil(error.retry_after_s)
+            return Failure(503, "server_error", code, error.message, retry=False, retry_after_s=wait_s)
+        case StorageFull():
+            return Failure(507, "server_error", "storage_full", error.message, retry=False)
         case NotEnoughMemory():
             return Failure(503, "server_error", "model_loading", error.message, retry_after_s=error.retry_after_s)
         case Overloaded():
@@ -105,6 +118,15 @@ def _http_error(request: Request, error: Exception) -> Response:
     return ErrorResponse(request.scope, error.status_code, message, retry=False, headers=headers)
 
 
+def _invalid_query(request: Request, error: Exception) -> Response:
+    """The first mistake in the query of a request; bodies are read elsewhere."""
+    assert isinstance(error, RequestValidationError)
+    mistake = error.errors()[0]
+    name = str(mistake["loc"][-1])[:64]
+    message = f"There is no parameter '{name}' here." if mistake["type"] == "extra_forbidden" else f"Invalid '{name}': {mistake['msg']}."
+    return error_response(request, InvalidField(message, param=name))
+
+
 def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
@@ -113,5 +135,6 @@ def install(app: FastAPI) -> None:
     """Registers the one rendering of every error."""
     app.add_exception_handler(MLXManagerError, error_response)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid_query)
     app.add_exception_handler(ClientGone, _client_gone)
     # What is not named here goes through to `RequestId`, which answers 500, and to the server, which logs it.

@@ -27,8 +27,9 @@ def data(json_bytes: bytes) -> bytes:
     return b"data: %b\n\n" % json_bytes
 
 
-def event(name: str, json_bytes: bytes) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (name.encode("ascii"), json_bytes)
+def event(name: str, json_bytes: bytes, *, id: str | None = None) -> bytes:
+    """With an id a client that comes back says what it saw last."""
+    return (b"" if id is None else b"id: %b\n" % id.encode("ascii")) + b"event: %b\ndata: %b\n\n" % (name.encode("ascii"), json_bytes)
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

@@ -13,6 +13,7 @@ import typer
 from mlx_manager.cli.bench import bench
 from mlx_manager.cli.chat import run
 from mlx_manager.cli.examine import doctor
+from mlx_manager.cli.hub import pull, rm, search
 from mlx_manager.cli.memory import load, ps, stop
 from mlx_manager.cli.models import list_models, show
 from mlx_manager.cli.presets import alias, profiles
@@ -57,6 +58,9 @@ app.command("info", hidden=True, help="Same as show.")(show)
 app.add_typer(profiles, name="profiles")
 app.add_typer(alias, name="alias")
 app.command("probe")(probe)
+app.command("search")(search)
+app.command("pull")(pull)
+app.command("rm")(rm)
 app.command("status")(status)
 app.command("load")(load)
 app.command("stop")(stop)

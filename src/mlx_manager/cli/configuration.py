@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_manager.cli.remote import Server
     from mlx_manager.config import Config
     from mlx_manager.hub.checkpoint import Checkpoint
+    from mlx_manager.hub.client import Hub
     from mlx_manager.hub.local import Catalogue
 
 ModelsDir = Annotated[
@@ -81,9 +82,19 @@ def _complaint(field: str, message: str) -> str:
 
 def catalogue(config: "Config") -> "Catalogue":
     """Every model on this machine, as the server finds them, without importing the server."""
-    from mlx_manager.hub.local import find_models, hub_cache_folder
+    from mlx_manager.hub.local import all_models
 
-    return find_models(config.model_folders, hub_cache_folder(), config.adapters_dir)
+    return all_models(config)
+
+
+def hub(config: "Config") -> "Hub":
+    """The Hub that is configured. Ends the command if its address is none."""
+    from mlx_manager.hub.client import Hub
+
+    try:
+        return Hub.of(config.hub_endpoint, timeout_s=config.hub_timeout_s)
+    except ValueError as error:
+        fail(f"hub_endpoint (--hub-endpoint, MLX_MANAGER_HUB_ENDPOINT or HF_ENDPOINT): {error}.", USAGE)
 
 
 def is_starter(model: "Checkpoint") -> bool:

@@ -33,7 +33,7 @@ def list_models(models_dir: ModelsDir = None, adapters_dir: AdaptersDir = None, 
             numbers=("Parameters", "Size", "Context", "Bits"),
         )
     else:
-        say("No models yet. Put a model's folder into one that you name with --models-dir, or download one to the Hugging Face cache.")
+        say("No models yet. Download one with mlx-manager pull, or put a model's folder into one that you name with --models-dir.")
     for broken in found.unusable:
         warn(f"{broken.id} cannot be used: {broken.reason} ({broken.path})")
 

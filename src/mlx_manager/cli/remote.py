@@ -9,6 +9,8 @@ from urllib.parse import quote, urlsplit
 import httpx2
 
 TIMEOUT_S = 5.0
+_HUB_S = 300.0
+"""Of what asks the Hub first, which has time limits of its own."""
 
 
 class NoAnswer(Exception):
@@ -53,6 +55,21 @@ class Server:
     def unload(self, model: str) -> dict[str, Any]:
         """The model afterwards. Waits for the replies that it is writing."""
         return self.ask("POST", f"/api/models/{quote(model)}/unload", timeout_s=None)
+
+    def download(self, model: str, revision: str) -> dict[str, Any]:
+        """Started, or joined if it is under way."""
+        return self.ask("POST", "/api/downloads", {"model": model, "revision": revision}, timeout_s=_HUB_S)
+
+    def download_now(self, id: str) -> dict[str, Any]:
+        """How it stands."""
+        return self.ask("GET", f"/api/downloads/{quote(id)}")
+
+    def deletion(self, model: str) -> dict[str, Any]:
+        """What deleting a model would do."""
+        return self.ask("GET", f"/api/models/{quote(model)}/deletion", timeout_s=None)
+
+    def delete(self, model: str, confirmation: str) -> dict[str, Any]:
+        return self.ask("DELETE", f"/api/models/{quote(model)}?confirmation={quote(confirmation)}", timeout_s=None)
 
     def load(self, model: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The events of a load, by name, until it is over."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_manager.cli.configuration import AdaptersDir, ModelsDir, address, catalogue, configured, is_starter
+from mlx_manager.cli.configuration import AdaptersDir, ModelsDir, address, catalogue, configured, hub, is_starter
 from mlx_manager.cli.terminal import FAILED, USAGE, fail, leave, say, warn
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the database.")] = None,
     models_dir: ModelsDir = None,
     adapters_dir: AdaptersDir = None,
+    lm_studio_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="LM Studio's folder of models. [default: where LM Studio keeps it]")
+    ] = None,
+    hub_endpoint: Annotated[str | None, typer.Option(metavar="URL", help="The Hub. [default: HF_ENDPOINT, or huggingface.co]")] = None,
+    hub_timeout_s: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="The Hub must answer, or send more of a file, within this time. [default: 20]")
+    ] = None,
+    max_downloads: Annotated[int | None, typer.Option(metavar="N", help="Models downloaded at a time. [default: 2]")] = None,
     allowed_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Another name that this server is called by; can be repeated.")
     ] = None,
@@ -91,6 +99,10 @@ def serve(
         data_dir=data_dir,
         models_dir=models_dir,
         adapters_dir=adapters_dir,
+        lm_studio_dir=lm_studio_dir,
+        hub_endpoint=hub_endpoint,
+        hub_timeout_s=hub_timeout_s,
+        max_downloads=max_downloads,
         allowed_hosts=allowed_host,
         allowed_origins=allowed_origin,
         remote_media_hosts=remote_media_host,
@@ -158,6 +170,7 @@ def _check_names(config: "Config") -> None:
     for host in config.remote_media_hosts:
         if parse_entry(host) is None:
             fail(f"--remote-media-host: '{host}' is not a host, a host and a port, or '*'.", USAGE)
+    hub(config)  # ends the command if its address is none
 
 
 def _on_a_free_port(config: "Config") -> "Config":
@@ -210,7 +223,7 @@ def _greet(config: "Config") -> None:
     say(f"  {len(models)} model{'' if len(models) == 1 else 's'}{': ' if models else ''}{names}")
     if toy := next((model.id for model in models if is_starter(model)), None):
         say(f"  {toy} is a toy: it shows that everything works, and knows next to nothing")
-    say(f"  More models: folders in --models-dir, and what is in {hub_cache_folder()}")
+    say(f"  More models: mlx-manager search and pull, folders in --models-dir, and what is in {hub_cache_folder()}")
     say(f"  How to connect an app: {url}/   What is running: mlx-manager status   Talk: mlx-manager run")
     if use_fast_blas().name == "reference" and _computes_on_cpu():
         warn("  MLX computes with its reference BLAS here, which is slow: mlx-manager doctor says what to do.")

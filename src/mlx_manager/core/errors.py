@@ -7,14 +7,17 @@ MLXManagerError
 │   │   └── PromptTooLarge    the prompt's keys and values do not fit this machine's share for the model
 │   ├── Conflict              what is there already stands against it
 │   ├── ModelNotFound         nothing here answers to that name
-│   └── NotFound              what the request names is not, or no longer, kept here
+│   ├── NotFound              what the request names is not, or no longer, kept here
+│   └── HubRefused            the Hub wants a token, another one, or its terms accepted
 ├── BackendError              another backend can, or the same one later
 │   ├── Overloaded            too many wait already, or the server is draining
 │   │   └── NotEnoughMemory   there is no room now for what the request needs
 │   ├── ModelLoadFailed       the model is there and would not load
 │   │   └── ModelTooLarge     there is never room for it
 │   ├── TimedOut              it took longer than it may
-│   └── NotSaved              the database could not take a change, and is as it was
+│   ├── NotSaved              the database could not take a change, and is as it was
+│   ├── HubUnavailable        the Hub did not answer as it should, or nobody may ask it
+│   └── StorageFull           the disk has no room for it
 └── EngineFault               we have to: the engine failed while it served this request
 """
 
@@ -87,10 +90,14 @@ class NotFound(RequestError):
 class Conflict(RequestError):
     """`param` is the field that clashes."""
 
-    def __init__(self, message: str, *, param: str | None, code: str = "conflict") -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str = "conflict") -> None:
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class HubRefused(RequestError):
+    pass
 
 
 class BackendError(MLXManagerError):
@@ -135,6 +142,19 @@ class NotSaved(BackendError):
     def __init__(self, why: str, *, is_full: bool) -> None:
         super().__init__(f"The change could not be saved ({why}). Nothing was changed.")
         self.is_full = is_full
+
+
+class HubUnavailable(BackendError):
+    """`is_offline`: this machine is not to ask, so that trying again is of no use. `retry_after_s` is what the Hub said, in seconds."""
+
+    def __init__(self, message: str, *, is_offline: bool = False, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.is_offline = is_offline
+        self.retry_after_s = retry_after_s
+
+
+class StorageFull(BackendError):
+    pass
 
 
 class EngineFault(MLXManagerError):

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from mlx_manager.core.errors import InvalidField
 from mlx_manager.core.messages import Content, Image, RemoteImage
 from mlx_manager.core.requests import Conversation, GenerationRequest, Prompt
-from mlx_manager.gateway.http_client import DEFAULT_PORTS, FetchFailed, HttpClient, Url, is_public, parse_host
+from mlx_manager.http_client import DEFAULT_PORTS, FetchFailed, HttpClient, Url, is_public, parse_host
 from mlx_manager.protocols.media import IMAGE_TYPES, MAX_IMAGE_BYTES
 
 MAX_TOTAL_BYTES = 64 << 20

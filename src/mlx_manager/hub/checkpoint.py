@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +28,8 @@ EMBEDDING_MODULES = {
 }
 """The module of mlx-embeddings that makes one vector of a text, by model type."""
 CROSS_ENCODERS = frozenset({"bert", "xlm-roberta", "modernbert"})
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npy", ".npz")
+"""Endings of weights that may run code when they are read."""
 SAME_ARCHITECTURE = {
     "mistral": "llama",
     "phi-msft": "phixtral",
@@ -97,6 +99,35 @@ class Checkpoint:
         return self.id.partition(":")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What is told by the configuration and the names of the weights. The fields are those of `Checkpoint`."""
+
+    kind: Kind
+    architecture: str
+    context_length: int | None
+    quantization_bits: int | None
+    kv_bytes_per_token: int | None
+    pass_bytes_per_token: int | None
+    num_heads: int | None
+
+    def checkpoint(self, id: str, path: Path, *, size_bytes: int, num_parameters: int, created: int) -> Checkpoint:
+        return Checkpoint(
+            id=id,
+            path=path,
+            kind=self.kind,
+            architecture=self.architecture,
+            context_length=self.context_length,
+            size_bytes=size_bytes,
+            quantization_bits=self.quantization_bits,
+            num_parameters=num_parameters,
+            created=created,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            pass_bytes_per_token=self.pass_bytes_per_token,
+            num_heads=self.num_heads,
+        )
+
+
 class Unusable(Exception):
     """A verdict on a folder: why it cannot be used, without its path."""
 
@@ -122,34 +153,65 @@ def read(path: Path, id: str) -> Checkpoint:
 def _read(path: Path, id: str) -> Checkpoint:
     config = read_json(path / "config.json")
     if config is None:
-        raise Unusable("it has no config.json")
+        raise Unusable(no_config(file.name for file in sorted(path.iterdir())))
+    check_config(config)
+    files = _weight_files(path)
+    tensors = _read_tensors(files)
+    tokenizer_config = read_json(path / "tokenizer_config.json") or {}
+    traits = read_traits(config, tokenizer_config, tensors, _read_array(path / "modules.json"))
+    if traits.kind in ("embedding", "reranker"):
+        tensors |= _read_steps(path)
+    return traits.checkpoint(
+        id,
+        path,
+        size_bytes=sum(file.stat().st_size for file in files),
+        num_parameters=num_parameters(tensors, config),
+        created=int((path / "config.json").stat().st_mtime),
+    )
+
+
+def no_config(names: Iterable[str]) -> str:
+    """Why a folder of these files is no model that could be loaded."""
+    return no_weights([".gguf"]) if any(name.endswith(".gguf") for name in names) else "it has no config.json"
+
+
+def check_config(config: Mapping[str, Any]) -> str:
+    """The architecture. Raises Unusable for a configuration that names none, or that brings code along."""
     for key in CODE_KEYS:
         if key in config:
             raise Unusable(f"it brings code of its own ({key} in config.json), which is never run")
     architecture = config.get("model_type")
     if not isinstance(architecture, str):
         raise Unusable("config.json names no model_type")
-    files = _weight_files(path)
-    tensors = _read_tensors(files)
-    kind = _kind(config, architecture, tensors, _read_array(path / "modules.json"))
-    if kind in ("embedding", "reranker"):
-        tensors |= _read_steps(path)
-    quantization = _quantization(config)
-    keeps_nothing = kind in ("embedding", "reranker")
-    return Checkpoint(
-        id=id,
-        path=path,
+    return architecture
+
+
+def read_traits(
+    config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], tensor_names: Iterable[str], steps: Sequence[Any] | None
+) -> Traits:
+    """What kind of model it is, here or on the Hub: the one place where that is decided. Raises Unusable.
+
+    `tensor_names` are those of its weights, `steps` what modules.json lists, None if there is no such file."""
+    architecture = check_config(config)
+    kind = _kind(config, architecture, tensor_names, steps)
+    return Traits(
         kind=kind,
         architecture=architecture,
-        context_length=_context_length(config, read_json(path / "tokenizer_config.json") or {}),
-        size_bytes=sum(file.stat().st_size for file in files),
-        quantization_bits=_positive(quantization.get("bits")),
-        num_parameters=_num_parameters(tensors, quantization),
-        created=int((path / "config.json").stat().st_mtime),
-        kv_bytes_per_token=0 if keeps_nothing else kv_bytes_per_token(config),
+        context_length=_context_length(config, tokenizer_config),
+        quantization_bits=_positive(_quantization(config).get("bits")),
+        kv_bytes_per_token=0 if kind in ("embedding", "reranker") else kv_bytes_per_token(config),
         pass_bytes_per_token=pass_bytes_per_token(config),
         num_heads=_first(_text(config), "num_attention_heads", "n_head", "num_heads"),
     )
+
+
+def chat_template(jinja: str | None, tokenizer_config: Mapping[str, Any]) -> str:
+    """All of a model's chat templates, from the file of that name or its tokenizer's configuration; "" if it has none."""
+    if jinja is not None:
+        return jinja
+    given: object = tokenizer_config.get("chat_template")
+    named = cast(list[object], given) if isinstance(given, list) else [{"template": given}]
+    return "\n".join(text for one in named if isinstance(text := _object(one).get("template"), str))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -193,8 +255,18 @@ def _weight_files(path: Path) -> list[Path]:
     if missing := sorted(expected - files.keys()):
         raise Unusable(f"it is incomplete: {missing[0][:100]!r} is missing ({len(missing)} of {len(expected)} files)")
     if not files:
-        raise Unusable("it has no weights (model*.safetensors)")
+        raise Unusable(no_weights(file.name for file in sorted(path.iterdir())))
     return list(files.values())
+
+
+def no_weights(names: Iterable[str]) -> str:
+    """Why a model of these files has no weights that could be loaded."""
+    for name in names:
+        if name.endswith(PICKLES):
+            return f"its weights are in a form that can bring code along ({name[:100]!r}), which is never read"
+        if name.endswith(".gguf"):
+            return "its weights are GGUF files, which MLX does not run"
+    return "it has no weights (model*.safetensors)"
 
 
 def _read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -237,7 +309,7 @@ def _read_steps(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _kind(config: Mapping[str, Any], architecture: str, tensors: Mapping[str, Tensor], steps: Sequence[Any] | None) -> Kind:
+def _kind(config: Mapping[str, Any], architecture: str, tensors: Iterable[str], steps: Sequence[Any] | None) -> Kind:
     """Vision before text: families such as gemma3 and mistral3 are served by mlx-lm too, without their eyes. An image token alone
     does not make a vision model, since a text model cut out of one keeps it. `steps` are those of modules.json: of sentence-transformers'
     models, some have the architecture of a text model."""
@@ -411,8 +483,9 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return _object(config.get("quantization")) or _object(config.get("quantization_config"))
 
 
-def _num_parameters(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> int:
+def num_parameters(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
     """Quantised weights are packed into 32-bit words beside their scales and biases, which are no parameters."""
+    quantization = _quantization(config)
     total = 0
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Which models lie on this machine, in the operator's folders and in the Hugging Face cache, and which adapters for them."""
+"""Which models lie on this machine, in the operator's folders, LM Studio's and the Hugging Face cache, and which adapters for them."""
 
 import os
 import re
@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
+from mlx_manager.config import Config
 from mlx_manager.hub.adapters import check_fit, read_adapter
-from mlx_manager.hub.checkpoint import Adapter, Checkpoint, Unusable, layer_shapes, read
+from mlx_manager.hub.checkpoint import Adapter, Checkpoint, Unusable, chat_template, layer_shapes, read, read_json
 
 ADAPTERS = "adapters"
 """The folder of a model's own adapters."""
@@ -39,22 +41,44 @@ class Catalogue:
     def get(self, id: str) -> Checkpoint | None:
         return next((model for model in self.models if model.id == id), None)
 
+    def find(self, id: str) -> Checkpoint | UnusableModel | None:
+        """Also one that cannot be used."""
+        return self.get(id) or next((broken for broken in self.unusable if broken.id == id), None)
+
 
 def hub_cache_folder() -> Path:
     """Where Hugging Face tools keep downloads; HF_HUB_CACHE and HF_HOME move it. It need not exist."""
     return Path(constants.HF_HUB_CACHE)
 
 
-def find_models(folders: Sequence[Path], hub_cache: Path | None, adapter_folders: Sequence[Path] = ()) -> Catalogue:
-    """Every direct subfolder of a folder is a model of that name; the cache's are `organisation/name`. Beside them stand their
-    adapters: what is in their folder `adapters`, and the subfolders of `adapter_folders` that fit.
+def all_models(config: Config) -> Catalogue:
+    """Every model on this machine."""
+    return find_models(config.model_folders, hub_cache_folder(), config.adapters_dir, config.publishers)
+
+
+def read_templates(path: Path) -> tuple[dict[str, Any], str]:
+    """The configuration of a model's folder, and its chat templates; empty where they cannot be read."""
+    try:
+        jinja = path / "chat_template.jinja"
+        template = jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else None
+        return read_json(path / "config.json") or {}, chat_template(template, read_json(path / "tokenizer_config.json") or {})
+    except (OSError, Unusable):
+        return {}, ""
+
+
+def find_models(
+    folders: Sequence[Path], hub_cache: Path | None, adapter_folders: Sequence[Path] = (), publishers: Path | None = None
+) -> Catalogue:
+    """Every direct subfolder of a folder is a model of that name; those of `publishers` (LM Studio's folder) are one level down and, like
+    the cache's, `organisation/name`. Beside them stand their adapters: what is in their folder `adapters`, and the subfolders of
+    `adapter_folders` that fit.
 
     The first folder with an id has it, and the cache comes last. One bad folder never hides the others: it is listed with its
     reason. A link to a model elsewhere is followed, since only the operator can have put it there.
     """
     models: dict[str, Checkpoint] = {}
     unusable: dict[str, UnusableModel] = {}
-    for id, candidates in _candidates(folders, hub_cache):
+    for id, candidates in _candidates(folders, publishers, hub_cache):
         if id in models or id in unusable:
             continue
         found = _first_usable(id, candidates)
@@ -137,11 +161,14 @@ def _root(path: Path) -> Path:
     return path.parents[1] if path.parent.name == "snapshots" else path
 
 
-def _candidates(folders: Sequence[Path], hub_cache: Path | None) -> Iterator[tuple[str, list[Path]]]:
+def _candidates(folders: Sequence[Path], publishers: Path | None, hub_cache: Path | None) -> Iterator[tuple[str, list[Path]]]:
     """Ids and the folders that may hold them (at least one), the likeliest first."""
     for folder in folders:
         for path in _subfolders(folder):
             yield path.name, [path]
+    for publisher in _subfolders(publishers) if publishers is not None else []:
+        for path in _subfolders(publisher):
+            yield f"{publisher.name}/{path.name}", [path]
     for path in _subfolders(hub_cache) if hub_cache is not None else []:
         if (name := re.fullmatch(r"models--(.+)", path.name)) and (snapshots := _snapshots(path)):
             yield name[1].replace("--", "/"), snapshots

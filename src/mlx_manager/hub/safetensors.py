@@ -35,17 +35,28 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name. Raises BadHeader unless every one lies inside the file and none overlaps another."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise BadHeader("its header has an impossible length")
-        try:
-            header: object = json.loads(file.read(header_bytes))
-        except (ValueError, RecursionError) as error:
-            raise BadHeader("its header is not JSON") from error
+        header_bytes = header_length(file.read(8), file_bytes)
+        return parse_header(file.read(header_bytes), file_bytes)
+
+
+def header_length(beginning: bytes, file_bytes: int) -> int:
+    """Of the JSON that follows the first 8 bytes. Raises BadHeader."""
+    header_bytes = int.from_bytes(beginning[:8], "little")
+    if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+        raise BadHeader("its header has an impossible length")
+    return header_bytes
+
+
+def parse_header(text: bytes, file_bytes: int) -> dict[str, Tensor]:
+    """The same of the JSON itself. Raises BadHeader."""
+    try:
+        header: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadHeader("its header is not JSON") from error
     if not isinstance(header, dict):
         raise BadHeader("its header is not an object")
     entries = {name: entry for name, entry in cast(dict[str, Any], header).items() if name != "__metadata__"}
-    return _check(entries, data_bytes=file_bytes - 8 - header_bytes)
+    return _check(entries, data_bytes=file_bytes - 8 - len(text))
 
 
 def _check(entries: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:

@@ -154,6 +154,12 @@ def fit(wanted: Need, *, kv_bytes_per_token: int | None, context_length: int | N
     return Fit(verdict, wanted, kv_for_context, limit)
 
 
+def fit_of(checkpoint: Checkpoint, *, limit: int, kv_bytes: int | None, prefill_tokens: int) -> Fit:
+    """The same of a checkpoint, be it here or not."""
+    wanted = need(checkpoint, available=limit, kv_bytes=kv_bytes, prefill_tokens=prefill_tokens)
+    return fit(wanted, kv_bytes_per_token=checkpoint.kv_bytes_per_token, context_length=checkpoint.context_length, limit=limit)
+
+
 def taken(needs: Collection[Need]) -> int:
     """By all of these together: weights that several share count once."""
     return sum({n.weights_key: n.weights for n in needs}.values()) + sum(n.own for n in needs)

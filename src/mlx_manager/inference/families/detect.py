@@ -42,6 +42,7 @@ _CHANNELS = "<|channel|>"
 # `thinking` as a switch, not as a part of another word.
 _THINKING = re.compile(r"\bif (?:not )?thinking\b|(?<![.\w])thinking is (?:not )?defined")
 _THINKING_BLOCK = re.compile(r"[\"']type[\"']\] == [\"']thinking[\"']")
+_TOOLS = re.compile(r"\btools\b")
 _SHORT_CALL_IDS = re.compile(r"length\s*[!=]=\s*9\b")  # Mistral's templates refuse any other
 
 
@@ -67,6 +68,14 @@ def detect(config: Mapping[str, Any], chat_template: str | Mapping[str, str] | N
         reasoning_blocks=_THINKING_BLOCK.search(template) is not None,
         short_call_ids=_SHORT_CALL_IDS.search(template) is not None,
     )
+
+
+def calls_and_thinks(config: Mapping[str, Any], chat_template: str) -> tuple[bool, bool]:
+    """Whether a model calls tools and reasons, as far as its template lets guess."""
+    family = detect(config, chat_template)
+    # A format may be its family's own, of which this checkpoint's template knows nothing.
+    calls = _TOOLS.search(chat_template) is not None and (family.tool_format is not None or family.channels)
+    return calls, family.thinks
 
 
 def _named(option: str, template: str) -> str | None:

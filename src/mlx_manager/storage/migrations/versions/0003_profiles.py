@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0003_profiles"
-down_revision = "0001_baseline"
+down_revision = "0002_downloads"
 
 
 def upgrade() -> None:

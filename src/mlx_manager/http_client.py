@@ -1,7 +1,10 @@
-"""The one way out: whatever this server fetches goes through here, with a limit of bytes and of time.
+"""The one way out: whatever this server fetches goes through here, with limits of bytes and of time.
 
-A name is resolved once, all its addresses must be such as the caller allows, and the connection goes to one of these. So what was
-checked is what is reached, whatever the name means a moment later. The certificate is still that of the name.
+`HttpClient` goes where a stranger's request points. A name is resolved once, all its addresses must be such as the caller allows, and
+the connection goes to one of these. So what was checked is what is reached, whatever the name means a moment later. The certificate is
+still that of the name.
+
+`OriginClient` goes to one origin that the operator chose, with a credential that no other origin is shown.
 """
 
 import asyncio
@@ -9,11 +12,13 @@ import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Literal
+from urllib.parse import urljoin
 
 import httpx2
 
@@ -186,3 +191,122 @@ async def _body(reply: httpx2.Response, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise FetchFailed(f"it has more than {max_bytes >> 20} MB")
     return bytes(body)
+
+
+class Unreachable(Exception):
+    """No reply, or one that broke off: another try may succeed. Its text is the end of a sentence."""
+
+
+class BodyTooLong(Exception):
+    """A reply has more bytes than were allowed for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Its body has not been read yet. `headers` are by their names in small letters; `is_elsewhere`: another origin than the asked one
+    answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    is_elsewhere: bool
+    _response: httpx2.Response
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes. Raises `Unreachable`."""
+        try:
+            async for piece in self._response.aiter_raw():
+                yield piece
+        except (httpx2.HTTPError, OSError) as error:
+            raise Unreachable(_reason(error)) from error
+
+    async def body(self, *, max_bytes: int) -> bytes:
+        """The whole of it. Raises `Unreachable` and `BodyTooLong`."""
+        body = bytearray()
+        async for piece in self.pieces():
+            body += piece
+            if len(body) > max_bytes:
+                raise BodyTooLong
+        return bytes(body)
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case httpx2.TimeoutException():
+            return "it did not answer in time"
+        case httpx2.ConnectError():
+            return "no connection to it could be made"
+        case _:
+            return "it broke off its answer"
+
+
+class OriginClient:
+    """Asks one origin, and follows its redirects: to wherever they lead, but never from https to http, and the token stays with the
+    origin. Keeps connections, and no cookies. Proxies of the environment hold, except on the way to this machine itself.
+
+    `stall_s` is how long a reply may take to begin, and how long nothing may come of it, in seconds.
+    """
+
+    MAX_REDIRECTS = 5
+
+    def __init__(self, base: Url, *, token: str | None, agent: str, connect_s: float = 10.0, stall_s: float = 30.0) -> None:
+        self.base = base
+        self._token = token
+        self._agent = agent
+        self._timeout = httpx2.Timeout(stall_s, connect=connect_s, pool=None)
+        self._client: httpx2.AsyncClient | None = None
+        self._making = asyncio.Lock()
+
+    @property
+    def has_token(self) -> bool:
+        return self._token is not None
+
+    @asynccontextmanager
+    async def get(self, target: str, headers: Mapping[str, str] | None = None) -> AsyncGenerator[Reply]:
+        """`target` begins with a slash and goes after the base's own path. Any status but a redirect is a reply. Raises `Unreachable`."""
+        url = self.base
+        target = url.target.rstrip("/") + target
+        response = await self._send(url, target, headers or {})
+        try:
+            for _ in range(self.MAX_REDIRECTS):
+                if response.status_code not in (301, 302, 303, 307, 308) or "location" not in response.headers:
+                    break
+                goal = Url.parse(urljoin(f"{url.scheme}://{url.authority}{target}", response.headers["location"]))
+                if goal is None or (url.scheme == "https" and goal.scheme != "https"):
+                    raise Unreachable("it redirects to a place that is not gone to")
+                await response.aclose()
+                url, target = goal, goal.target
+                response = await self._send(url, target, headers or {})
+            else:
+                raise Unreachable("it redirects too often")
+            headers_told = {name.lower(): value for name, value in response.headers.items()}
+            yield Reply(response.status_code, headers_told, not self._is_own(url), response)
+        finally:
+            await response.aclose()
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    def _is_own(self, url: Url) -> bool:
+        return (url.scheme, url.host, url.port) == (self.base.scheme, self.base.host, self.base.port)
+
+    async def _send(self, url: Url, target: str, headers: Mapping[str, str]) -> httpx2.Response:
+        async with self._making:
+            if self._client is None:
+                self._client = await asyncio.to_thread(self._new_client)  # reading the certificates takes a while
+        sent = {"host": url.authority, "accept-encoding": "identity", "user-agent": self._agent, **headers}
+        if self._token is not None and self._is_own(url):
+            sent["authorization"] = f"Bearer {self._token}"
+        host = f"[{url.host}]" if ":" in url.host else url.host
+        place = httpx2.URL(scheme=url.scheme, host=host, port=url.port, path="/")
+        request = self._client.build_request("GET", place, headers=sent, extensions={"target": target.encode("ascii")})
+        try:
+            return await self._client.send(request, stream=True)
+        except (httpx2.HTTPError, OSError) as error:
+            raise Unreachable(_reason(error)) from error
+
+    def _new_client(self) -> httpx2.AsyncClient:
+        is_here = self.base.host == "localhost" or (self.base.is_literal and ipaddress.ip_address(self.base.host).is_loopback)
+        cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=16)
+        return httpx2.AsyncClient(trust_env=not is_here, follow_redirects=False, timeout=self._timeout, cookies=cookies, limits=limits)

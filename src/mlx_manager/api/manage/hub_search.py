@@ -57,7 +57,8 @@ class Result(BaseModel):
 
 class Results(BaseModel):
     """Of one page, without those that are known not to match: their number is `num_hidden`. Of what is `pending`,
-    `/api/hub/characteristics` tells what it is, or why that cannot be known. If nothing is left, `emptied_by` is the filter that took the last. `cursor` leads on."""
+    `/api/hub/characteristics` tells what it is, or why that cannot be known. If nothing is left, `emptied_by` is the filter that took the
+    last. `cursor` leads on."""
 
     results: list[Result]
     pending: list[str]

@@ -66,7 +66,7 @@ def test_a_search_answers_at_once_and_what_models_are_follows(http: httpx2.Clien
     assert (qwen["kind"], qwen["architecture"], qwen["capabilities"]) == ("text", "qwen3", ["text", "tools", "thinking"])
     fit = qwen["fit"]
     assert fit["verdict"] == "fits"
-    assert fit["total"] == fit["weights"] + fit["kv"] + fit["prefill"] <= fit["limit"]
+    assert fit["needed"] == fit["weights"] + fit["kv"] + fit["prefill"] <= fit["limit"]
     assert fit["weights"] == qwen["size_bytes"]
     assert told[f"{ORG}/qwen2_vl"]["characteristics"]["capabilities"] == ["text", "vision"]
     assert "can bring code along" in told["someone/pickled"]["reason"]

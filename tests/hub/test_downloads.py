@@ -208,6 +208,19 @@ async def test_a_paused_download_stays_paused_over_a_restart_and_goes_on_at_the_
     assert [one.start for one in hub.fetched(WEIGHTS)] == [None, have]
 
 
+async def test_pausing_and_resuming_at_any_moment_holds_nothing_back(hub: HubServer, cache: Path) -> None:
+    hub.bytes_per_s = 3_000_000
+    async with downloading(hub, cache) as downloads:
+        id = (await downloads.start(MODEL)).id
+        for moment in range(12):
+            await asyncio.sleep(moment * 0.007)
+            if (await downloads.pause(id) if downloads.get(id).state != "done" else downloads.get(id)).state == "done":
+                break
+            await downloads.resume(id)
+        assert (await ended(downloads, id)).state == "done"
+    assert contents(snapshot_download(MODEL, cache_dir=cache, local_files_only=True)) == hub.repos[MODEL].files
+
+
 async def test_what_was_under_way_goes_on_at_the_next_start(hub: HubServer, cache: Path) -> None:
     hub.bytes_per_s = 400_000
     async with downloading(hub, cache) as downloads:

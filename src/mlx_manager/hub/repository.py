@@ -163,7 +163,10 @@ class Part:
         self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Also of one that was not opened."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def _lock(descriptor: int) -> None:

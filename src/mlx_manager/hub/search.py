@@ -29,7 +29,6 @@ AT_ONCE = 6
 _SORTS: Mapping[Sort, str] = {"downloads": "downloads", "likes": "likes", "updated": "lastModified", "trending": "trendingScore"}
 _EXPANDED = ["downloads", "likes", "lastModified", "gated", "sha", "tags", "config"]
 _MAX_FILE_BYTES = 8 << 20
-_MAX_INDEX_BYTES = 32 << 20
 _FIRST_BYTES = 64 << 10
 
 
@@ -181,8 +180,7 @@ class Search:
         if len(weights) == 1:
             tensors = await self._header(id, listing.commit, weights[0])
             return frozenset(tensors), num_parameters(tensors, config)
-        text = await self._text(id, listing, "model.safetensors.index.json", max_bytes=_MAX_INDEX_BYTES)
-        index = _object(_json(text))
+        index = _object(_json(await self._text(id, listing, "model.safetensors.index.json")))
         total = _object(index.get("metadata")).get("total_parameters")
         if isinstance(total, bool) or not isinstance(total, int) or total <= 0:
             bits = _object(config.get("quantization")).get("bits")
@@ -201,12 +199,12 @@ class Search:
         except BadHeader as error:
             raise Unusable(f"{file.path}: {error}") from error
 
-    async def _text(self, id: str, listing: Listing, path: str, *, max_bytes: int = _MAX_FILE_BYTES) -> str | None:
+    async def _text(self, id: str, listing: Listing, path: str) -> str | None:
         """A file of a repository; None if it has none of that name, or one that is far too large."""
         file = listing.get(path)
-        if file is None or file.size > max_bytes:
+        if file is None or file.size > _MAX_FILE_BYTES:
             return None
-        return (await self._hub.small_file(id, listing.commit, path, max_bytes=max_bytes)).decode("utf-8", "replace")
+        return (await self._hub.small_file(id, listing.commit, path, max_bytes=_MAX_FILE_BYTES)).decode("utf-8", "replace")
 
 
 async def _given(known: Inspection) -> Inspection:

@@ -86,14 +86,12 @@ class Transfer:
     async def run(self) -> None:
         """Raises what the Hub does, `BadFile`, `StorageFull` and `OSError`. What is here when it ends otherwise is kept."""
         part = Part(self._repository.part(self._file))
-        while True:
-            if self._repository.has(self._file):
-                return
-            if await _in_thread(part.open):
-                break
-            await asyncio.sleep(self.POLL_S)  # another program fetches the same file into the same cache
         try:
-            await self._fill(part)
+            while not self._repository.has(self._file):
+                if await _in_thread(part.open):
+                    await self._fill(part)
+                    return
+                await asyncio.sleep(self.POLL_S)  # another program fetches the same file into the same cache
         except OSError as error:
             if error.errno in _FULL:
                 raise StorageFull(

@@ -5,36 +5,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_manager.api.dependencies import Services
+from mlx_manager.api.manage.models import ModelFit
 from mlx_manager.hub.characteristics import Capability, Characteristics, Filter, fails
 from mlx_manager.hub.checkpoint import Checkpoint
-from mlx_manager.inference.memory import Fit, Verdict, fit_of
-
-
-class FitView(BaseModel):
-    """Whether it fits the memory for models, in bytes: `weights`, the share for keys and values (`kv`) and a pass over a piece of a prompt
-    (`prefill`), together `total`, of `limit`. `kv_for_context`: what one prompt of the whole context takes; where that is more than
-    `kv`, long prompts are refused ("tight")."""
-
-    verdict: Verdict
-    weights: int
-    kv: int
-    prefill: int
-    total: int
-    kv_for_context: int | None
-    limit: int
-
-    @classmethod
-    def of(cls, fit: Fit) -> "FitView":
-        n = fit.need
-        return cls(
-            verdict=fit.verdict,
-            weights=n.weights,
-            kv=n.kv,
-            prefill=n.prefill,
-            total=n.total,
-            kv_for_context=fit.kv_for_context,
-            limit=fit.limit,
-        )
+from mlx_manager.inference.memory import Fit, fit_of
 
 
 class CharacteristicsView(BaseModel):
@@ -49,7 +23,7 @@ class CharacteristicsView(BaseModel):
     size_bytes: int
     download_bytes: int | None
     context_length: int | None
-    fit: FitView
+    fit: ModelFit
 
     @classmethod
     def of(cls, told: Characteristics, fit: Fit) -> "CharacteristicsView":
@@ -63,7 +37,7 @@ class CharacteristicsView(BaseModel):
             size_bytes=c.size_bytes,
             download_bytes=told.download_bytes,
             context_length=c.context_length,
-            fit=FitView.of(fit),
+            fit=ModelFit.of(fit),
         )
 
 

@@ -56,8 +56,9 @@ class Result(BaseModel):
 
 
 class Results(BaseModel):
-    """Of one page, without those that are known not to match: their number is `num_hidden`. `pending` are being looked into, and
-    `/api/hub/characteristics` tells of them. If nothing is left, `emptied_by` is the filter that took the last. `cursor` leads on."""
+    """Of one page, without those that are known not to match: their number is `num_hidden`. Of what is `pending`,
+    `/api/hub/characteristics` tells what it is, or why that cannot be known. If nothing is left, `emptied_by` is the filter that took the
+    last. `cursor` leads on."""
 
     results: list[Result]
     pending: list[str]
@@ -107,7 +108,7 @@ async def search(wanted: Annotated[SearchQuery, Query()], services: ServicesDep)
     shown = [model for model in page.models if not failed.get(model.id)]
     return Results(
         results=[_result(services, judge, model, known.get(model.id), model.id in here, not asked.active) for model in shown],
-        pending=[model.id for model in shown if model.id not in known and not model.is_gated],
+        pending=[model.id for model in shown if model.id not in known],
         num_hidden=len(page.models) - len(shown),
         emptied_by=None if shown else emptied_by(asked, failed.values()),
         cursor=page.cursor,

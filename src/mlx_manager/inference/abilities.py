@@ -1,6 +1,5 @@
 """What a model's files say that it can do. Reads configuration and chat template; needs neither its tokenizer nor its weights."""
 
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -9,11 +8,9 @@ from typing import Any, cast
 from mlx_manager.core.capabilities import Abilities, Ability, Capability, Finding, with_findings
 from mlx_manager.hub.checkpoint import Checkpoint, Unusable, read_json
 from mlx_manager.hub.fingerprint import files_fingerprint
-from mlx_manager.inference.families.detect import detect
+from mlx_manager.inference.families.detect import calls_by, detect
 
 _TEMPLATES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
-# A format may be its family's own, of which this checkpoint's template knows nothing.
-_TOOLS = re.compile(r"\btools\b")
 
 
 def abilities(checkpoint: Checkpoint, found: Mapping[Capability, Finding]) -> Abilities:
@@ -41,7 +38,7 @@ def _guess(folder: Path, sees: bool, _times: tuple[int, ...]) -> Abilities:
     """The times are those of the files: it is guessed again when one has changed."""
     template = _template(folder)
     family = detect(read_json(folder / "config.json") or {}, template)
-    calls = template != "" and _TOOLS.search(template) is not None and (family.tool_format is not None or family.channels)
+    calls = calls_by(family, template)
     return Abilities(
         tools=Ability(calls),
         thinking=Ability(family.thinks),

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from mlx_manager.api.answer import documented_body
 from mlx_manager.api.dependencies import Services, ServicesDep
+from mlx_manager.api.manage.body import read_body
 from mlx_manager.core.errors import ContextTooLong, InvalidField
 from mlx_manager.core.messages import Message
 from mlx_manager.core.requests import Conversation, GenerationRequest, Prompt, RawPrompt, Reasoning
 from mlx_manager.gateway.local import prepare
-from mlx_manager.protocols.body import read_json_object
-from mlx_manager.protocols.fields import Schema, invalid_field, without_nulls
+from mlx_manager.protocols.fields import Schema
 from mlx_manager.protocols.openai.schema import OPTION_FIELDS, ReasoningOptions, Stop
 from mlx_manager.protocols.sampling import SamplingFields, sampling, stop_strings
 from mlx_manager.settings.names import Alias
@@ -119,7 +119,7 @@ async def profiles(services: ServicesDep) -> ProfileList:
 @router.post("/api/profiles", status_code=201, openapi_extra=documented_body(NewProfile))
 async def add_profile(request: Request, services: ServicesDep) -> ProfileView:
     """A new one; its model may be downloaded later."""
-    given = _read(await request.body(), NewProfile)
+    given = read_body(await request.body(), NewProfile)
     models = await _models(services)
     profile = _profile(given.model, given.name, given)
     await _check_taken(services, profile, models)
@@ -134,7 +134,7 @@ async def profile(id: str, services: ServicesDep) -> ProfileView:
 @router.put("/api/profiles/{id:path}", openapi_extra=documented_body(ChangedProfile))
 async def change_profile(id: str, request: Request, services: ServicesDep) -> ProfileView:
     """All of it anew, but its name. 409 if somebody else changed it meanwhile."""
-    given = _read(await request.body(), ChangedProfile)
+    given = read_body(await request.body(), ChangedProfile)
     models = await _models(services)
     before = services.register.profile(id)
     profile = _profile(before.model, before.name, given, given.version)
@@ -159,7 +159,7 @@ async def aliases(services: ServicesDep) -> AliasList:
 @router.post("/api/aliases", status_code=201, openapi_extra=documented_body(NewAlias))
 async def add_alias(request: Request, services: ServicesDep) -> AliasView:
     """A new one; what it stands for may be downloaded later."""
-    given = _read(await request.body(), NewAlias)
+    given = read_body(await request.body(), NewAlias)
     models = await _models(services)
     return _alias_view(await services.register.add_alias(Alias(given.name, given.target), models), services, models)
 
@@ -172,7 +172,7 @@ async def alias(name: str, services: ServicesDep) -> AliasView:
 @router.put("/api/aliases/{name:path}", openapi_extra=documented_body(ChangedAlias))
 async def change_alias(name: str, request: Request, services: ServicesDep) -> AliasView:
     """409 if somebody else changed it meanwhile."""
-    given = _read(await request.body(), ChangedAlias)
+    given = read_body(await request.body(), ChangedAlias)
     models = await _models(services)
     return _alias_view(await services.register.change_alias(Alias(name, given.target, given.version), models), services, models)
 
@@ -188,18 +188,6 @@ async def _models(services: Services) -> frozenset[str]:
     """The ids of all that is on this machine."""
     await services.pool.refresh()
     return frozenset(status.checkpoint.id for status in services.pool.statuses())
-
-
-def _read(body: bytes, schema: type[S]) -> S:
-    """Raises `InvalidField`, also for a field that is not known: what is misspelt would silently not be said."""
-    given = without_nulls(read_json_object(body))
-    for name in given:
-        if name not in schema.model_fields:
-            raise InvalidField(f"There is no field '{name[:64]}' here.", param=name[:64], code="unknown_field")
-    try:
-        return schema.model_validate(given)
-    except ValidationError as error:
-        raise invalid_field(error, given) from None
 
 
 def _version(request: Request) -> int | None:

@@ -73,9 +73,12 @@ def detect(config: Mapping[str, Any], chat_template: str | Mapping[str, str] | N
 def calls_and_thinks(config: Mapping[str, Any], chat_template: str) -> tuple[bool, bool]:
     """Whether a model calls tools and reasons, as far as its template lets guess."""
     family = detect(config, chat_template)
-    # A format may be its family's own, of which this checkpoint's template knows nothing.
-    calls = _TOOLS.search(chat_template) is not None and (family.tool_format is not None or family.channels)
-    return calls, family.thinks
+    return calls_by(family, chat_template), family.thinks
+
+
+def calls_by(family: Family, chat_template: str) -> bool:
+    """Whether this model calls tools: a format may be its family's own, of which this checkpoint's template knows nothing."""
+    return _TOOLS.search(chat_template) is not None and (family.tool_format is not None or family.channels)
 
 
 def _named(option: str, template: str) -> str | None:

@@ -1,0 +1,147 @@
+"""Families that see, as their own models of mlx-vlm do in one pass over a whole prompt: in any chunk, batch and after any hit."""
+
+import io
+from collections.abc import Sequence as Items
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from mlx_manager.core.messages import Image
+from mlx_manager.inference.engine.device import Device
+from mlx_manager.inference.engine.engine import Engine
+from mlx_manager.inference.engine.picture_model import PictureModel
+from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec
+from mlx_manager.inference.loader import EngineLimits
+from mlx_manager.inference.loader import make_engine as build_engine
+from mlx_manager.inference.picture import Picture, PlacedPicture
+from mlx_manager.inference.picture_reader import PictureReader
+from tests.inference.fixture_models import GREEDY, attached, receive, within
+from tests.inference.tiny_sighted import FAMILIES, VOCABULARY, Processor, joined, tiny
+
+Part = Items[int] | Picture
+NUM_TOKENS = 12
+
+
+@cache
+def reader(family: str) -> PictureReader:
+    return PictureReader(Processor(family), vocab_size=VOCABULARY)
+
+
+def picture(family: str, seed: int, width: int = 32, height: int = 16) -> Picture:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    buffer = io.BytesIO()
+    Pillow.fromarray(noise).save(buffer, "PNG")
+    return reader(family).read(Image(buffer.getvalue()), "<image>")
+
+
+def words(seed: int, count: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(1, 280, count)]
+
+
+def spec(*parts: Part) -> SequenceSpec:
+    prompt: list[int] = []
+    pictures: list[PlacedPicture] = []
+    for part in parts:
+        if isinstance(part, Picture):
+            pictures.append(PlacedPicture(len(prompt), part))
+            prompt += part.names
+        else:
+            prompt += part
+    return SequenceSpec(tuple(prompt), NUM_TOKENS, GREEDY, pictures=tuple(pictures))
+
+
+def reference(family: str, *parts: Part) -> tuple[mx.array, list[int]]:
+    """Of mlx-vlm's own model, its processor's arrays and its cache: the logits [L, V] of a whole prompt, and what it says greedily."""
+    from mlx_vlm.models.cache import make_prompt_cache  # noqa: PLC0415
+
+    model = tiny(family)
+    language = model.language_model
+    spelt = [t for part in parts for t in (part.tokens if isinstance(part, Picture) else part)]
+    pictures = [part.arrays for part in parts if isinstance(part, Picture)]
+    arrays = joined(family, pictures) if pictures else {}
+    kept = make_prompt_cache(language)
+    if hasattr(language, "_rope_deltas"):
+        language._rope_deltas = language._position_ids = None
+    logits = model(mx.array([spelt]), arrays.pop("pixel_values", None), mask=None, cache=kept, **arrays).logits
+    prompt = logits[0]
+    tokens: list[int] = []
+    for _ in range(NUM_TOKENS):
+        tokens.append(int(np.argmax(np.array(logits[0, -1]))))
+        logits = language(mx.array([[tokens[-1]]]), cache=kept).logits
+    return prompt, tokens
+
+
+def make_engine(device: Device, family: str, **limits: Any) -> Engine:
+    asked = EngineLimits(**{"check_every": 1, "step_s": 10.0, "kv_bytes": 64 << 20, "ahead": True} | limits)
+    return build_engine(PictureModel(tiny(family)), device, asked, vocab_size=VOCABULARY, model_key=family)
+
+
+def cases(family: str) -> list[tuple[Part, ...]]:
+    return [
+        (words(0, 5), picture(family, 0), words(1, 4)),
+        (words(2, 40), picture(family, 1, 40, 24), words(3, 3)),
+        (words(4, 3), picture(family, 2), words(5, 6), picture(family, 3, 16, 32), words(6, 2)),
+        (words(7, 2), picture(family, 4), picture(family, 4), words(8, 1)),
+        (words(9, 50),),
+        (words(10, 3),),
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_the_self_test_at_load_lets_it_see(device: Device, family: str) -> None:
+    (shown, *_) = cases(family)
+    assert await device.run(lambda: PictureModel(tiny(family)).self_test(spec(*shown))) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_the_logits_of_every_token_are_those_of_one_pass_wherever_the_prompt_is_cut(device: Device, family: str) -> None:
+    parts = cases(family)[2]
+
+    def worst() -> float:
+        expected, _ = reference(family, *parts)
+        model = PictureModel(tiny(family))
+        sequence = Sequence(spec(*parts), 0)
+        model.place(sequence)
+        stop = len(sequence.tokens)
+        differences: list[np.ndarray] = []
+        for cut in range(1, stop):
+            kept = model.make_cache()
+            chunks = [model(model.shown(sequence, *chunk), cache=kept)[0] for chunk in ((0, cut), (cut, stop))]
+            differences.append(np.abs(np.array(mx.concatenate(chunks)) - np.array(expected)))
+        return float(np.max(differences) / np.abs(np.array(expected)).max())
+
+    assert await device.run(worst) < 1e-4
+
+
+@pytest.mark.requirement("SRV-04")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [2048, 3, 7])
+async def test_a_batch_of_pictures_and_text_says_what_the_model_says_alone(device: Device, family: str, budget: int) -> None:
+    expected = await device.run(lambda: [reference(family, *case)[1] for case in cases(family)])
+    async with attached(device, make_engine(device, family, prefill_budget=budget)) as engine:
+        received = await within(receive(engine, [spec(*case) for case in cases(family)]), 60)
+    assert [r.tokens for r in received] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_second_turn_finds_the_first_and_shows_another_picture(device: Device, family: str) -> None:
+    first = (words(20, 28), picture(family, 5, 40, 24), words(21, 20))  # a block ends inside the picture
+    _, said = await device.run(lambda: reference(family, *first))
+    second = (*first, said, words(22, 2), picture(family, 6), words(23, 3))
+    other = (words(20, 28), picture(family, 7, 40, 24), words(21, 20))
+    expected = await device.run(lambda: [reference(family, *turn)[1] for turn in (second, other)])
+    async with attached(device, make_engine(device, family)) as engine:
+        (began,) = await within(receive(engine, [spec(*first)]))
+        before = engine.counters.cached_tokens
+        (went_on,) = await within(receive(engine, [spec(*second)]))
+        assert engine.counters.cached_tokens >= before + 32
+        found = engine.counters.cached_tokens
+        (another,) = await within(receive(engine, [spec(*other)]))
+        assert engine.counters.cached_tokens == found, "its picture is in its first block"
+    assert began.tokens == said
+    assert [went_on.tokens, another.tokens] == expected
+    assert another.tokens != said

@@ -1,0 +1,180 @@
+"""Families that see, without a trained fixture: mlx-vlm's own models, tiny, with random weights of a fixed seed."""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+VOCABULARY = 300
+IMAGE, BEGIN, END = 290, 291, 292
+
+_TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1000,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+}
+_PATCHES: dict[str, Any] = {
+    "depth": 3, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}  # fmt: skip
+_MROPE = {"type": "default", "mrope_section": [4, 2, 2]}
+_DEEP: dict[str, Any] = {**_PATCHES, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
+_SQUARES: dict[str, Any] = {
+    "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "patch_size": 4, "image_size": 16,
+}  # fmt: skip
+_IDS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": 293, "vision_start_token_id": BEGIN, "vision_end_token_id": END}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`text`, `vision` and `own` are what its configurations say; `arrays` what its processor makes of a picture of one colour a pixel,
+    [H, W, 3]; `num_tokens` how many tokens stand for that, and `axis` along which the pixels of several pictures are joined."""
+
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    own: Mapping[str, Any]
+    arrays: Callable[[np.ndarray], dict[str, np.ndarray]]
+    num_tokens: Callable[[np.ndarray], int]
+    axis: int = 0
+
+
+def _patches(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """As Qwen's processors: patches of 4 x 4 pixels, twice in time, those that are merged beside each other."""
+    height, width = pixels.shape[0] // 4, pixels.shape[1] // 4
+    frames = np.broadcast_to(pixels.transpose(2, 0, 1)[None], (2, 3, *pixels.shape[:2]))
+    cut = frames.reshape(2, 3, height // 2, 2, 4, width // 2, 2, 4).transpose(2, 5, 3, 6, 1, 0, 4, 7)
+    return {"pixel_values": cut.reshape(height * width, -1).copy(), "image_grid_thw": np.array([[1, height, width]])}
+
+
+def _square(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    return {"pixel_values": pixels[:16, :16].transpose(2, 0, 1)[None].copy()}
+
+
+def _quarter_of_patches(pixels: np.ndarray) -> int:
+    return pixels.shape[0] * pixels.shape[1] // 64
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_5_vl": Family(
+        {"rope_scaling": _MROPE},
+        {**_PATCHES, "window_size": 16, "fullatt_block_indexes": [1]},
+        _IDS,
+        _patches,
+        _quarter_of_patches,
+    ),
+    "qwen3_vl": Family({"rope_scaling": _MROPE, "head_dim": 16}, _DEEP, _IDS, _patches, _quarter_of_patches),
+    "qwen3_vl_moe": Family(
+        {
+            "rope_scaling": _MROPE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "moe_intermediate_size": 32,
+        },
+        _DEEP,
+        _IDS,
+        _patches,
+        _quarter_of_patches,
+    ),
+    "llava": Family(
+        {"model_type": "llama"},
+        {**_SQUARES, "model_type": "clip_vision_model"},
+        {"image_token_index": IMAGE, "vision_feature_layer": -2},
+        _square,
+        lambda _: 16,
+    ),
+    "pixtral": Family(
+        {"model_type": "mistral", "head_dim": 16},
+        {**_SQUARES, "head_dim": 16},
+        {"image_token_index": IMAGE},
+        _square,
+        lambda _: 16,
+    ),
+    "mistral3": Family(
+        {"model_type": "mistral", "head_dim": 16, "rope_parameters": {"rope_theta": 10_000.0}},
+        {**_SQUARES, "head_dim": 16, "model_type": "pixtral"},
+        {"image_token_index": IMAGE},
+        lambda pixels: {**_square(pixels), "image_sizes": np.array([[16, 16]])},
+        lambda _: 4,
+    ),
+    "idefics3": Family(
+        {},
+        {**_SQUARES, "model_type": "idefics3_vision"},
+        {"image_token_id": IMAGE},
+        lambda pixels: {"pixel_values": _square(pixels)["pixel_values"][None]},
+        lambda _: 4,
+        axis=1,
+    ),
+    "smolvlm": Family(
+        {},
+        {**_SQUARES, "model_type": "siglip_vision_model"},
+        {"image_token_id": IMAGE},
+        lambda pixels: {"pixel_values": _square(pixels)["pixel_values"][None]},
+        lambda _: 4,
+        axis=1,
+    ),
+    "qwen3_5": Family(
+        {
+            "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4, "full_attention_interval": 2,
+            "rope_parameters": {"type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+        },
+        {**_DEEP, "deepstack_visual_indexes": []},
+        _IDS,
+        _patches,
+        _quarter_of_patches,
+    ),
+}  # fmt: skip
+
+
+@cache
+def tiny(architecture: str) -> Any:
+    module = importlib.import_module(f"mlx_vlm.models.{architecture}")
+    family = FAMILIES[architecture]
+    text = module.TextConfig.from_dict({**_TEXT, "model_type": architecture, **family.text})
+    vision = module.VisionConfig(**{"model_type": architecture, **family.vision})
+    own = {"model_type": architecture, "vocab_size": VOCABULARY, **family.own}
+    model = module.Model(module.ModelConfig(text_config=text, vision_config=vision, **own))
+    mx.random.seed(7)
+
+    def weight(old: mx.array) -> mx.array:
+        if not mx.issubdtype(old.dtype, mx.floating):
+            return old
+        return mx.random.normal(old.shape) / math.sqrt(old.size // old.shape[0]) if old.ndim > 1 else old
+
+    model.update(tree_map(weight, model.parameters()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+class Processor:
+    """What stands between a picture and a family's model: its arrays, and marks before and after its tokens."""
+
+    boi_token = "<image>"
+    tokenizer = SimpleNamespace(bos_token_id=None)
+
+    def __init__(self, architecture: str) -> None:
+        self._family = FAMILIES[architecture]
+
+    def __call__(self, *, text: list[str], images: list[Any], return_tensors: str) -> dict[str, np.ndarray]:
+        pixels = np.asarray(images[0], np.float32) / 127.5 - 1
+        tokens = [BEGIN, *[IMAGE] * self._family.num_tokens(pixels), END]
+        return {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), int), **self._family.arrays(pixels)}
+
+
+def joined(architecture: str, arrays: list[Mapping[str, np.ndarray]]) -> dict[str, mx.array]:
+    """The arrays of several pictures in one prompt, as a processor would give them."""
+    axis = FAMILIES[architecture].axis
+    return {name: mx.array(np.concatenate([a[name] for a in arrays], axis=axis if name == "pixel_values" else 0)) for name in arrays[0]}

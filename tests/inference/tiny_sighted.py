@@ -16,7 +16,7 @@ VOCABULARY = 300
 IMAGE, BEGIN, END = 290, 291, 292
 
 _TEXT: dict[str, Any] = {
-    "hidden_size": 64,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
     "intermediate_size": 128,
     "num_attention_heads": 4,
@@ -28,10 +28,10 @@ _TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _PATCHES: dict[str, Any] = {
-    "depth": 3, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
+    "depth": 3, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128, "num_heads": 2, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2,
 }  # fmt: skip
-_MROPE = {"type": "default", "mrope_section": [4, 2, 2]}
+_MROPE = {"type": "default", "mrope_section": [8, 4, 4]}
 _DEEP: dict[str, Any] = {**_PATCHES, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
 _SQUARES: dict[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "patch_size": 4, "image_size": 16,
@@ -41,8 +41,9 @@ _IDS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": 293, "vision_
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`text`, `vision` and `own` are what its configurations say; `arrays` what its processor makes of a picture of one colour a pixel,
-    [H, W, 3]; `num_tokens` how many tokens stand for that, and `axis` along which the pixels of several pictures are joined."""
+    """`text`, `vision` and `own` are what its configurations say; `arrays` what its processor makes of the pixels [H, W, 3] of a picture,
+    and `num_tokens` how many tokens stand for them. `axis` is along which the pixels of several pictures are joined, `cache` the one that
+    it is expected to get on the CPU."""
 
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
@@ -50,6 +51,7 @@ class Family:
     arrays: Callable[[np.ndarray], dict[str, np.ndarray]]
     num_tokens: Callable[[np.ndarray], int]
     axis: int = 0
+    cache: str = "slots"
 
 
 def _patches(pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -76,10 +78,10 @@ FAMILIES: dict[str, Family] = {
         _patches,
         _quarter_of_patches,
     ),
-    "qwen3_vl": Family({"rope_scaling": _MROPE, "head_dim": 16}, _DEEP, _IDS, _patches, _quarter_of_patches),
+    "qwen3_vl": Family({"rope_scaling": _MROPE, "head_dim": 32}, _DEEP, _IDS, _patches, _quarter_of_patches),
     "qwen3_vl_moe": Family(
         {
-            "rope_scaling": _MROPE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+            "rope_scaling": _MROPE, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
             "mlp_only_layers": [], "moe_intermediate_size": 32,
         },
         _DEEP,
@@ -95,14 +97,14 @@ FAMILIES: dict[str, Family] = {
         lambda _: 16,
     ),
     "pixtral": Family(
-        {"model_type": "mistral", "head_dim": 16},
+        {"model_type": "mistral", "head_dim": 32},
         {**_SQUARES, "head_dim": 16},
         {"image_token_index": IMAGE},
         _square,
         lambda _: 16,
     ),
     "mistral3": Family(
-        {"model_type": "mistral", "head_dim": 16, "rope_parameters": {"rope_theta": 10_000.0}},
+        {"model_type": "mistral", "head_dim": 32, "rope_parameters": {"rope_theta": 10_000.0}},
         {**_SQUARES, "head_dim": 16, "model_type": "pixtral"},
         {"image_token_index": IMAGE},
         lambda pixels: {**_square(pixels), "image_sizes": np.array([[16, 16]])},
@@ -116,6 +118,13 @@ FAMILIES: dict[str, Family] = {
         lambda _: 4,
         axis=1,
     ),
+    "gemma3": Family(
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32, "sliding_window_pattern": 2, "mm_tokens_per_image": 16},
+        {**_SQUARES, "model_type": "siglip_vision_model"},
+        {"image_token_index": IMAGE, "hidden_size": 128},
+        _square,
+        lambda _: 16,
+    ),
     "smolvlm": Family(
         {},
         {**_SQUARES, "model_type": "siglip_vision_model"},
@@ -126,14 +135,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_5": Family(
         {
-            "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "head_dim": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
             "linear_conv_kernel_dim": 4, "full_attention_interval": 2,
-            "rope_parameters": {"type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+            "rope_parameters": {"type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
         },
         {**_DEEP, "deepstack_visual_indexes": []},
         _IDS,
         _patches,
         _quarter_of_patches,
+        cache="single",  # its states are of a kind that mlx-vlm alone has
     ),
 }  # fmt: skip
 

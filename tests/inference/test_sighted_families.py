@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence as Items
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from mlx_manager.core.messages import Image
+from mlx_manager.core.messages import Image, Message, content_of
+from mlx_manager.core.requests import Conversation, GenerationRequest, Sampling
+from mlx_manager.hub.checkpoint import read
 from mlx_manager.inference.engine.block_pool import BlockPool
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
@@ -22,12 +25,12 @@ from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.runner import Runner
 from mlx_manager.inference.engine.scheduler import Policy, Scheduler
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec
-from mlx_manager.inference.loader import EngineLimits
+from mlx_manager.inference.loader import EngineLimits, SharedWeights, load_dialect, load_engine
 from mlx_manager.inference.loader import make_engine as build_engine
 from mlx_manager.inference.picture import Picture, PlacedPicture
 from mlx_manager.inference.picture_reader import PictureReader
-from tests.inference.fixture_models import GREEDY, attached, receive, within
-from tests.inference.tiny_sighted import FAMILIES, IMAGE, VOCABULARY, Processor, joined, tiny
+from tests.inference.fixture_models import GREEDY, attached, folder, receive, within
+from tests.inference.tiny_sighted import FAMILIES, IMAGE, VOCABULARY, Processor, joined, tiny, write_checkpoint
 
 Part = Items[int] | Picture
 NUM_TOKENS = 12
@@ -38,11 +41,15 @@ def reader(family: str) -> PictureReader:
     return PictureReader(Processor(family), vocab_size=VOCABULARY)
 
 
-def picture(family: str, seed: int, width: int = 32, height: int = 16) -> Picture:
+def picture_of(seed: int, width: int = 32, height: int = 16) -> Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     buffer = io.BytesIO()
     Pillow.fromarray(noise).save(buffer, "PNG")
-    return reader(family).read(Image(buffer.getvalue()), "<image>")
+    return Image(buffer.getvalue())
+
+
+def picture(family: str, seed: int, width: int = 32, height: int = 16) -> Picture:
+    return reader(family).read(picture_of(seed, width, height), "<image>")
 
 
 def words(seed: int, count: int) -> list[int]:
@@ -196,3 +203,24 @@ async def test_a_second_turn_finds_the_first_and_shows_another_picture(device: D
     assert began.tokens == said
     assert [went_on.tokens, another.tokens] == expected
     assert another.tokens != said
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"])
+async def test_a_checkpoint_is_loaded_with_its_eyes(device: Device, family: str, tmp_path: Path) -> None:
+    await device.run(lambda: write_checkpoint(tmp_path, family, folder("qwen2_vl")))
+    checkpoint = read(tmp_path, family)
+    assert checkpoint.kind == "vision"
+    spoken = load_dialect(tmp_path, checkpoint.context_length, sees=True)
+    content = content_of([picture_of(3), "Which of them?", picture_of(4)])
+    asked = GenerationRequest("m", (Conversation((Message("user", content),)),), sampling=Sampling(temperature=0.0), max_tokens=8)
+    (made,) = spoken.prepare(asked).specs
+    assert [placed.picture.arrays["image_grid_thw"].shape for placed in made.pictures] == [(1, 3), (1, 3)]
+    limits = EngineLimits(step_s=10.0, kv_bytes=64 << 20)
+    engine = await device.run(lambda: load_engine(checkpoint, spoken, device, limits, SharedWeights()))
+    try:
+        assert engine.takes_pictures
+        (received,) = await within(receive(engine, [made]))
+        assert received.ended is not None
+        assert received.tokens
+    finally:
+        await device.run(lambda: device.detach(engine))

@@ -1,16 +1,19 @@
 """Families that see, without a trained fixture: mlx-vlm's own models, tiny, with random weights of a fixed seed."""
 
 import importlib
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 VOCABULARY = 300
 IMAGE, BEGIN, END = 290, 291, 292
@@ -150,12 +153,15 @@ FAMILIES: dict[str, Family] = {
 
 @cache
 def tiny(architecture: str) -> Any:
-    module = importlib.import_module(f"mlx_vlm.models.{architecture}")
     family = FAMILIES[architecture]
-    text = module.TextConfig.from_dict({**_TEXT, "model_type": architecture, **family.text})
-    vision = module.VisionConfig(**{"model_type": architecture, **family.vision})
-    own = {"model_type": architecture, "vocab_size": VOCABULARY, **family.own}
-    model = module.Model(module.ModelConfig(text_config=text, vision_config=vision, **own))
+    return _built(architecture, {**_TEXT, **family.text}, family.vision, {"vocab_size": VOCABULARY, **family.own})
+
+
+def _built(architecture: str, text: Mapping[str, Any], vision: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
+    module = importlib.import_module(f"mlx_vlm.models.{architecture}")
+    text_config = module.TextConfig.from_dict({"model_type": architecture, **text})
+    vision_config = module.VisionConfig(**{"model_type": architecture, **vision})
+    model = module.Model(module.ModelConfig(text_config=text_config, vision_config=vision_config, model_type=architecture, **own))
     mx.random.seed(7)
 
     def weight(old: mx.array) -> mx.array:
@@ -188,3 +194,24 @@ def joined(architecture: str, arrays: list[Mapping[str, np.ndarray]]) -> dict[st
     """The arrays of several pictures in one prompt, as a processor would give them."""
     axis = FAMILIES[architecture].axis
     return {name: mx.array(np.concatenate([a[name] for a in arrays], axis=axis if name == "pixel_values" else 0)) for name in arrays[0]}
+
+
+def write_checkpoint(path: Path, architecture: str, spoken: Path) -> None:
+    """A folder with a model of Qwen's, which reads and looks as the Qwen2-VL fixture in folder `spoken` does."""
+    family = FAMILIES[architecture]
+    said = json.loads((spoken / "config.json").read_text())
+    ids = {name: said[name] for name in _IDS}
+    text = {**_TEXT, **family.text, "model_type": architecture, "vocab_size": 608, "tie_word_embeddings": False}
+    vision = {**family.vision, "model_type": architecture, "patch_size": 14, "window_size": 56}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(spoken / name, path)
+    looks = json.loads((spoken / "preprocessor_config.json").read_text())
+    looks["processor_class"] = {"qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(architecture, "Qwen3VLProcessor")
+    (path / "preprocessor_config.json").write_text(json.dumps(looks))
+    config = {**text, **ids, "eos_token_id": said["eos_token_id"], "vision_config": vision} | (
+        {} if architecture == "qwen2_5_vl" else {"text_config": text}
+    )
+    (path / "config.json").write_text(json.dumps(config))
+    model = _built(architecture, text, vision, {"vocab_size": 608, **ids})
+    weights: Any = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})

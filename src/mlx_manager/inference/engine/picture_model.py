@@ -96,7 +96,7 @@ class PictureModel:
         self._seen: OrderedDict[bytes, Seen] = OrderedDict()
         self._positions: dict[Sequence, np.ndarray] = {}  # [3, prompt]
         self.args = getattr(self._language, "args", None)
-        self.looks_both_ways = model.config.model_type in _LOOK_BOTH_WAYS
+        self.looks_both_ways = getattr(getattr(model, "config", None), "model_type", None) in _LOOK_BOTH_WAYS
 
     @property
     def layers(self) -> Any:

@@ -196,7 +196,7 @@ def joined(architecture: str, arrays: list[Mapping[str, np.ndarray]]) -> dict[st
     return {name: mx.array(np.concatenate([a[name] for a in arrays], axis=axis if name == "pixel_values" else 0)) for name in arrays[0]}
 
 
-def write_checkpoint(path: Path, architecture: str, spoken: Path) -> None:
+def write_qwen(path: Path, architecture: str, spoken: Path) -> None:
     """A folder with a model of Qwen's, which reads and looks as the Qwen2-VL fixture in folder `spoken` does."""
     family = FAMILIES[architecture]
     said = json.loads((spoken / "config.json").read_text())
@@ -208,10 +208,41 @@ def write_checkpoint(path: Path, architecture: str, spoken: Path) -> None:
     looks = json.loads((spoken / "preprocessor_config.json").read_text())
     looks["processor_class"] = {"qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(architecture, "Qwen3VLProcessor")
     (path / "preprocessor_config.json").write_text(json.dumps(looks))
-    config = {**text, **ids, "eos_token_id": said["eos_token_id"], "vision_config": vision} | (
-        {} if architecture == "qwen2_5_vl" else {"text_config": text}
-    )
+    config = {**text, **ids, "eos_token_id": said["eos_token_id"], "vision_config": vision}
+    config |= {} if architecture == "qwen2_5_vl" else {"text_config": text}
+    _write(path, config, _built(architecture, text, vision, {"vocab_size": 608, **ids}))
+
+
+_GEMMA_TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}
+{% for part in message.content %}{{ '<start_of_image>' if part.type == 'image' else part.text }}{% endfor %}<end_of_turn>
+{% endfor %}<start_of_turn>model
+"""
+
+
+def write_gemma3(path: Path, spoken: Path) -> None:
+    """A folder with a Gemma 3, which reads as the Gemma 3 text fixture in folder `spoken` does, and looks with Gemma's own processor."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
+
+    marks = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer: Any = AutoTokenizer.from_pretrained(spoken, extra_special_tokens=marks)
+    tokenizer.save_pretrained(path)
+    (path / "chat_template.jinja").write_text(_GEMMA_TEMPLATE)
+    looks = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": 16, "width": 16},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(looks))
+    (path / "processor_config.json").write_text(json.dumps({"processor_class": "Gemma3Processor", "image_seq_length": 16}))
+    family = FAMILIES["gemma3"]
+    text = {**_TEXT, **family.text, "model_type": "gemma3_text", "vocab_size": len(tokenizer), "sliding_window": 64}
+    own = {"image_token_index": tokenizer.image_token_id, "hidden_size": 128, "vocab_size": len(tokenizer)}
+    config = {"model_type": "gemma3", **own, "text_config": text, "vision_config": family.vision}
+    _write(path, config, _built("gemma3", text, family.vision, own))
+
+
+def _write(path: Path, config: Mapping[str, Any], model: Any) -> None:
     (path / "config.json").write_text(json.dumps(config))
-    model = _built(architecture, text, vision, {"vocab_size": 608, **ids})
     weights: Any = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})

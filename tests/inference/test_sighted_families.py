@@ -30,7 +30,7 @@ from mlx_manager.inference.loader import make_engine as build_engine
 from mlx_manager.inference.picture import Picture, PlacedPicture
 from mlx_manager.inference.picture_reader import PictureReader
 from tests.inference.fixture_models import GREEDY, attached, folder, receive, within
-from tests.inference.tiny_sighted import FAMILIES, IMAGE, VOCABULARY, Processor, joined, tiny, write_gemma3, write_qwen
+from tests.inference.tiny_sighted import FAMILIES, IMAGE, VOCABULARY, Processor, joined, tiny, tiny_paligemma, write_gemma3, write_qwen
 
 Part = Items[int] | Picture
 NUM_TOKENS = 12
@@ -136,6 +136,11 @@ def cases(family: str) -> list[tuple[Part, ...]]:
 async def test_the_self_test_at_load_lets_it_see(device: Device, family: str) -> None:
     (shown, *_) = cases(family)
     assert await device.run(lambda: PictureModel(tiny(family)).self_test(spec(*shown))) is None
+
+
+async def test_the_self_test_at_load_refuses_a_family_that_sees_its_whole_prompt_both_ways(device: Device) -> None:
+    (shown, *_) = cases("llava")
+    assert await device.run(lambda: PictureModel(tiny_paligemma()).self_test(spec(*shown))) is not None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

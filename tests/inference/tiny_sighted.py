@@ -157,6 +157,15 @@ def tiny(architecture: str) -> Any:
     return _built(architecture, {**_TEXT, **family.text}, family.vision, {"vocab_size": VOCABULARY, **family.own})
 
 
+@cache
+def tiny_paligemma() -> Any:
+    """It sees its whole prompt both ways, which no engine with chunks can do."""
+    text = {**_TEXT, "model_type": "gemma", "head_dim": 32, "query_pre_attn_scalar": 32, "num_image_tokens": 16}
+    text["use_bidirectional_attention"] = True
+    vision = {**_SQUARES, "model_type": "siglip_vision_model", "projection_dim": 128}
+    return _built("paligemma", text, vision, {"image_token_index": IMAGE, "hidden_size": 128, "vocab_size": VOCABULARY})
+
+
 def _built(architecture: str, text: Mapping[str, Any], vision: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
     module = importlib.import_module(f"mlx_vlm.models.{architecture}")
     text_config = module.TextConfig.from_dict({"model_type": architecture, **text})

@@ -307,6 +307,7 @@ def make_engine(
         max_row_tokens=(num_blocks - 1) * BLOCK_TOKENS if cache.pads_rows else None,
         max_scores=memory.SCORE_BYTES // (4 * _num_query_heads(model)),
         needs_states=cache.needs_states,
+        whole_pictures=isinstance(model, PictureModel) and model.looks_both_ways,
     )
     log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks - 1, BLOCK_TOKENS)
     keys = PrefixKeys(model_key, str(cache.token_bytes), adapter_key)

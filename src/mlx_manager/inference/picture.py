@@ -32,3 +32,7 @@ class PlacedPicture:
 
     start: int
     picture: Picture
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.picture.tokens)

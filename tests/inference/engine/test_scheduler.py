@@ -13,6 +13,7 @@ from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Con
 from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.scheduler import Fork, PassCost, Plan, Policy, Scheduler
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, TokenSampling
+from mlx_manager.inference.picture import Picture, PlacedPicture
 
 KEYS = PrefixKeys("model", "layout")
 AGEING_S = 10.0
@@ -884,3 +885,23 @@ def test_where_layers_keep_states_a_prompt_is_copied_with_its_tail() -> None:
     plans = [step(scheduler) for _ in range(3)]
     assert [len(plan.forks) for plan in plans] == [0, 0, 1]
     assert child.num_cached == 39
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (100, [(0, 79)]),
+        (50, [(0, 40), (40, 79)]),
+        (7, [(0, 7), (7, 10), (10, 30), (30, 37), (37, 40), (40, 70), (70, 77), (77, 79)]),
+    ],
+)
+def test_no_chunk_ends_in_a_picture_that_looks_at_all_of_itself(budget: int, expected: list[tuple[int, int]]) -> None:
+    pictures = tuple(
+        PlacedPicture(start, Picture(b"", tuple(range(length)), tuple(range(length)), {})) for start, length in ((10, 20), (40, 30))
+    )
+    s = Sequence(SequenceSpec(tokens(80), 3, TokenSampling(seed=0), pictures=pictures), 0)
+    scheduler = scheduler_with([s], whole_pictures=True)
+    chunks: list[tuple[int, int]] = []
+    while not chunks or s.num_prefill_left:
+        chunks += [(chunk.start, chunk.stop) for chunk in step(scheduler, budget=budget).prefill]
+    assert chunks == expected

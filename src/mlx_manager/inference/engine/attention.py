@@ -16,9 +16,11 @@ _NAME = "scaled_dot_product_attention"
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """Stands for a mask: a token sees itself and those before it, with a `window` as many as that together."""
+    """Stands for a mask: a token sees itself and those before it, with a `window` as many as that together. Of a chunk's own tokens some
+    may see each other `both_ways` [L, L]."""
 
     window: int | None
+    both_ways: mx.array | None = None
 
 
 class AttendingCache:

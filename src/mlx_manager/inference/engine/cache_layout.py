@@ -114,6 +114,12 @@ def prefill_mask(num_tokens: int, num_before: int, window: int | None, return_ar
     return None if num_tokens == 1 else "causal"
 
 
+def both_ways_mask(num_before: int, window: int | None, both_ways: mx.array) -> mx.array:
+    """The same [L, before + L] for L tokens of which some see each other `both_ways` [L, L]."""
+    mask = create_causal_mask(both_ways.shape[0], num_before, window_size=window)
+    return mx.concatenate([mask[:, :num_before], mask[:, num_before:] | both_ways], axis=1)
+
+
 def first_in_sight(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position - window + 1)
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
-from mlx_manager.inference.engine.cache_layout import first_in_sight, prefill_mask
+from mlx_manager.inference.engine.cache_layout import both_ways_mask, first_in_sight, prefill_mask
 from mlx_manager.inference.engine.paged_kernels import (
     APPEND_AND_ATTEND,
     ATTEND_CHUNK,
@@ -424,11 +424,50 @@ def _attend_gathered(
     sinks: mx.array | None,
 ) -> mx.array:
     """`attend_chunk` by MLX's own attention, on a copy of what comes before the chunk."""
-    attention.write(keys, values, pool, table, start)
     first = first_in_sight(start, window or None)
+    mask = prefill_mask(stop - start, start - first, window or None, return_array=False)
+    return _attend_masked(attention, queries, keys, values, pool, table, start, stop, first, scale, mask, sinks)
+
+
+def attend_both_ways(
+    attention: PagedAttention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    pool: Pool,
+    table: mx.array,
+    start: int,
+    stop: int,
+    *,
+    scale: float,
+    window: int,
+    both_ways: mx.array,
+    sinks: mx.array | None,
+) -> mx.array:
+    """`attend_chunk` for a chunk without padding, of which some tokens see each other `both_ways` [L, L]: no kernel does that."""
+    first = first_in_sight(start, window or None)
+    mask = both_ways_mask(start - first, window or None, both_ways)
+    return _attend_masked(attention, queries, keys, values, pool, table, start, stop, first, scale, mask, sinks)
+
+
+def _attend_masked(
+    attention: PagedAttention,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    pool: Pool,
+    table: mx.array,
+    start: int,
+    stop: int,
+    first: int,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """`mask` is for the chunk's tokens on those from `first` on."""
+    attention.write(keys, values, pool, table, start)
     if start > 0:
         keys, values = (array[:, :, first:] for array in attention.gather(pool, table, stop))
-    mask = prefill_mask(stop - start, start - first, window or None, return_array=False)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 

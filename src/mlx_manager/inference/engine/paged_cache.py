@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +34,7 @@ from mlx_manager.inference.engine.cache_layout import (
     prompt_inputs,
     shifted,
 )
-from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, is_supported, self_test
+from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, attend_both_ways, is_supported, self_test
 from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
 
@@ -65,9 +66,9 @@ class PagedLayer(AttendingCache):
         if not isinstance(mask, Sight):
             raise UnsupportedCache("it makes masks of its own")
         assert self._own is not None
-        return self._attend(queries, *self._own, scale, mask.window or 0, sinks)
+        return self._attend(queries, *self._own, scale, mask, sinks)
 
-    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int, sinks: mx.array | None) -> mx.array:
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sight: Sight, sinks: mx.array | None) -> mx.array:
         raise NotImplementedError
 
 
@@ -82,10 +83,10 @@ class RowLayer(PagedLayer):
     def offset(self) -> mx.array:
         return self._step.offsets
 
-    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int, sinks: mx.array | None) -> mx.array:
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sight: Sight, sinks: mx.array | None) -> mx.array:
         step = self._step
         return step.attention.append_and_attend(
-            queries, keys, values, self._pool, step.table, step.lengths, scale=scale, window=window, sinks=sinks
+            queries, keys, values, self._pool, step.table, step.lengths, scale=scale, window=sight.window or 0, sinks=sinks
         )
 
 
@@ -111,12 +112,14 @@ class ChunkLayer(PagedLayer):
         self.offset += keys.shape[2]
         return super().update_and_fetch(keys, values)
 
-    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int, sinks: mx.array | None) -> mx.array:
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sight: Sight, sinks: mx.array | None) -> mx.array:
         chunk = self._chunk
-        page, table = chunk.table_from(first_in_sight(chunk.start, window or None))
-        return chunk.attention.attend_chunk(
-            queries, keys, values, self._pool, table, chunk.start - page, chunk.stop - page, scale=scale, window=window, sinks=sinks
-        )
+        page, table = chunk.table_from(first_in_sight(chunk.start, sight.window))
+        attend = chunk.attention.attend_chunk
+        if sight.both_ways is not None:
+            attend = partial(attend_both_ways, chunk.attention, both_ways=sight.both_ways)
+        start, stop, window = chunk.start - page, chunk.stop - page, sight.window or 0
+        return attend(queries, keys, values, self._pool, table, start, stop, scale=scale, window=window, sinks=sinks)
 
 
 class ChunkPass:

@@ -71,7 +71,7 @@ class Policy:
     `max_row_tokens` bounds (rows) x (tokens of the longest), where rows are padded to one length. `max_scores` bounds (tokens of a
     chunk) x (tokens that it attends to), where attention writes its scores to memory. `needs_states`: layers keep a state beside keys
     and values, so chunks end where blocks end, and a prefix can be resumed only there. The chunks of a step take `max_pass_bytes` at most,
-    by what they `cost`.
+    by what they `cost`. `whole_pictures`: what stands for a picture looks at all of it, so no chunk ends inside one.
     """
 
     max_sequences: int = 32
@@ -81,6 +81,7 @@ class Policy:
     needs_states: bool = False
     cost: PassCost | None = None
     max_pass_bytes: int | None = None
+    whole_pictures: bool = False
 
 
 class Scheduler:
@@ -225,7 +226,15 @@ class Scheduler:
             end = sequence.num_queued + length
             aligned = end - end % BLOCK_TOKENS
             if aligned > sequence.num_queued:
-                return aligned - sequence.num_queued
+                length = aligned - sequence.num_queued
+        return self._with_whole_pictures(sequence, length) if self.policy.whole_pictures else length
+
+    def _with_whole_pictures(self, sequence: Sequence, length: int) -> int:
+        """A chunk stops before the picture that it would end in; one that begins in it goes on to its end, whatever the budget."""
+        start, stop = sequence.num_queued, sequence.num_queued + length
+        for placed in sequence.spec.pictures:
+            if placed.start < stop < placed.stop:
+                return placed.start - start if placed.start > start else min(placed.stop, sequence.prefill_end) - start
         return length
 
     # ---- who comes before whom

@@ -140,7 +140,8 @@ async def test_the_self_test_at_load_lets_it_see(device: Device, family: str) ->
 
 async def test_the_self_test_at_load_refuses_a_family_that_sees_its_whole_prompt_both_ways(device: Device) -> None:
     (shown, *_) = cases("llava")
-    assert await device.run(lambda: PictureModel(tiny_paligemma()).self_test(spec(*shown))) is not None
+    problem = await device.run(lambda: PictureModel(tiny_paligemma()).self_test(spec(*shown)))
+    assert problem == "UnsupportedPictures: it needs attention_mask_4d beside embeddings"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

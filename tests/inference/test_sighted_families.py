@@ -68,6 +68,11 @@ def spec(*parts: Part) -> SequenceSpec:
     return SequenceSpec(tuple(prompt), NUM_TOKENS, GREEDY, pictures=tuple(pictures))
 
 
+@cache
+def reference_tokens(family: str) -> list[list[int]]:
+    return [reference(family, *case)[1] for case in cases(family)]
+
+
 def reference(family: str, *parts: Part) -> tuple[mx.array, list[int]]:
     """Of mlx-vlm's own model, its processor's arrays and its cache: the logits [L, V] of a whole prompt, and what it says greedily."""
     from mlx_vlm.models.cache import make_prompt_cache  # noqa: PLC0415
@@ -140,7 +145,8 @@ async def test_the_self_test_at_load_lets_it_see(device: Device, family: str) ->
 
 async def test_the_self_test_at_load_refuses_a_family_that_sees_its_whole_prompt_both_ways(device: Device) -> None:
     (shown, *_) = cases("llava")
-    assert await device.run(lambda: PictureModel(tiny_paligemma()).self_test(spec(*shown))) is not None
+    problem = await device.run(lambda: PictureModel(tiny_paligemma()).self_test(spec(*shown)))
+    assert problem == "UnsupportedPictures: it needs attention_mask_4d beside embeddings"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,9 +174,9 @@ async def test_the_logits_of_every_token_are_those_of_one_pass_wherever_the_prom
 
 @pytest.mark.requirement("SRV-04")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", [2048, 3, 7])
+@pytest.mark.parametrize("budget", [2048, 7])
 async def test_a_batch_of_pictures_and_text_says_what_the_model_says_alone(device: Device, family: str, budget: int) -> None:
-    expected = await device.run(lambda: [reference(family, *case)[1] for case in cases(family)])
+    expected = await device.run(lambda: reference_tokens(family))
     async with attached(device, make_engine(device, family, prefill_budget=budget)) as engine:
         received = await within(receive(engine, [spec(*case) for case in cases(family)]), 60)
         assert engine.cache_state.kind == FAMILIES[family].cache
@@ -178,13 +184,12 @@ async def test_a_batch_of_pictures_and_text_says_what_the_model_says_alone(devic
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.cache == "slots"])
-@pytest.mark.parametrize("budget", [2048, 7])
-async def test_blocks_that_a_kernel_reads_hold_pictures_as_rows_do(device: Device, family: str, budget: int) -> None:
-    expected = await device.run(lambda: [reference(family, *case)[1] for case in cases(family)])
+async def test_blocks_that_a_kernel_reads_hold_pictures_as_rows_do(device: Device, family: str) -> None:
+    expected = await device.run(lambda: reference_tokens(family))
     model = PictureModel(tiny(family))
     runner = Runner(PagedCache(model, Reference(), 64), VOCABULARY, model)
     scheduler = Scheduler(BlockPool(64), PrefixKeys(family, "pages"), Policy(whole_pictures=model.looks_both_ways))
-    async with attached(device, Engine(device, runner, scheduler, Pace(budget, 10.0), check_every=1)) as engine:
+    async with attached(device, Engine(device, runner, scheduler, Pace(7, 10.0), check_every=1)) as engine:
         received = await within(receive(engine, [spec(*case) for case in cases(family)]), 60)
     assert [r.tokens for r in received] == expected
 

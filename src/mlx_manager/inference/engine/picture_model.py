@@ -227,8 +227,7 @@ class PictureModel:
         if found is None:
             arrays = {name: mx.array(array) for name, array in picture.arrays.items()}
             tokens = mx.array([picture.tokens])
-            more = {"mask": mx.ones_like(tokens)} if self.looks_both_ways else {}
-            result = self._model.get_input_embeddings(tokens, **arrays, **more)
+            result = self._model.get_input_embeddings(tokens, mask=mx.ones_like(tokens), **arrays)
             known = _KNOWN | {"attention_mask_4d"} if self.looks_both_ways else _KNOWN
             extra = [f.name for f in fields(result) if f.name not in known and getattr(result, f.name) is not None]
             if extra:

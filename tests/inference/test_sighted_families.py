@@ -25,7 +25,7 @@ from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.runner import Runner
 from mlx_manager.inference.engine.scheduler import Policy, Scheduler
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec
-from mlx_manager.inference.loader import EngineLimits, SharedWeights, load_dialect, load_engine
+from mlx_manager.inference.loader import EngineLimits, Progress, SharedWeights, Turns, load_dialect, load_engine
 from mlx_manager.inference.loader import make_engine as build_engine
 from mlx_manager.inference.picture import Picture, PlacedPicture
 from mlx_manager.inference.picture_reader import PictureReader
@@ -215,6 +215,15 @@ async def test_a_second_turn_finds_the_first_and_shows_another_picture(device: D
     assert another.tokens != said
 
 
+def loaded(turns: Turns[tuple[Engine, int]]) -> Engine:
+    """All turns of a load at once."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            return end.value[0]
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "gemma3"])
 async def test_a_checkpoint_is_loaded_with_its_eyes(device: Device, family: str, tmp_path: Path) -> None:
     if family == "gemma3":
@@ -229,7 +238,7 @@ async def test_a_checkpoint_is_loaded_with_its_eyes(device: Device, family: str,
     (made,) = spoken.prepare(asked).specs
     assert len(made.pictures) == 2
     limits = EngineLimits(step_s=10.0, kv_bytes=64 << 20)
-    engine = await device.run(lambda: load_engine(checkpoint, spoken, device, limits, SharedWeights()))
+    engine = await device.run(lambda: loaded(load_engine(checkpoint, spoken, device, limits, SharedWeights(), Progress())))
     try:
         assert engine.takes_pictures
         (received,) = await within(receive(engine, [made]))

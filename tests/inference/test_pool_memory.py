@@ -201,7 +201,7 @@ async def test_a_reply_goes_on_while_another_model_is_loaded_piece_by_piece(devi
         num_meanwhile = 0
         while not loading.done():
             async for _ in model.engine.submit([SequenceSpec((310, 320, 330), 100, GREEDY)]):
-                if (status := p.of("two")).state == "loading" and 0 < status.read_bytes < status.checkpoint.size_bytes // 2:
+                if (status := p.of("two")).state == "loading" and 0 < status.read_bytes < status.checkpoint.size_bytes:
                     seen.add(status.read_bytes)
                     num_meanwhile += 1
         await within(loading)
@@ -422,11 +422,11 @@ async def test_prefixes_of_a_model_that_leaves_are_on_the_disk_and_are_found_whe
 
 @pytest.mark.requirement("F5", "SRV-02", "BUGFIX-07")
 async def test_the_parts_of_the_memory_add_up_to_what_is_measured(device: Device, models: Path) -> None:
-    async with pooled(device, models, real=True) as p:
+    # So much that it is not under pressure, whatever other tests keep in this process.
+    async with pooled(device, models, real=True, room=10_000) as p:
         before = await measured(device)
         for name in ("one", "two"):
             await within(p.ask(name, 64))
-        await measured(device)  # what the tests before have left to the collector is not the pool's
         await within(p.pool.look())
         memory = p.pool.memory()
         assert memory.in_use is not None

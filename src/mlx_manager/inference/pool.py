@@ -552,7 +552,7 @@ class Pool:
             await asyncio.wait({self._at_work})
         self._at_work = asyncio.current_task()
         try:
-            while (done := await self._device.run(go_on)) is None:
+            while (done := await self._device.run(go_on, after_turn=True)) is None:
                 pass
         finally:
             self._at_work = None

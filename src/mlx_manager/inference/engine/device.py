@@ -36,6 +36,7 @@ class Device:
 
     def __init__(self) -> None:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._after_turn: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._engines: list[Steppable] = []
         self._thread = threading.Thread(target=self._loop, name="mlx-device", daemon=True)
         self._stopping = False
@@ -60,16 +61,21 @@ class Device:
     def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._ended.is_set()
 
-    def post(self, work: Callable[[], None]) -> bool:
-        """Runs `work` on the device thread before its next turn; returns at once. False if the device has stopped: it never runs."""
+    def post(self, work: Callable[[], None], *, after_turn: bool = False) -> bool:
+        """Runs `work` on the device thread before its next turn, or after it; returns at once. False if the device has stopped: it never
+        runs."""
         if self._stopping:
             return False
+        if after_turn:
+            self._after_turn.put(work)
+            work = _nothing  # it is woken
         self._inbox.put(work)
         return True
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the device thread and gives back what it returns or raises. `work` runs even if the caller goes.
-        Raises `EngineFault` once the device has stopped."""
+    async def run(self, work: Callable[[], T], *, after_turn: bool = False) -> T:
+        """Runs `work` on the device thread and gives back what it returns or raises. `work` runs even if the caller goes. Who asks for one
+        thing after the other has each `after_turn`: before it, there would be no turns in between. Raises `EngineFault` once the device
+        has stopped."""
         future: Future[T] = Future()
 
         def settle() -> None:
@@ -78,7 +84,7 @@ class Device:
             except BaseException as error:  # noqa: BLE001 - it is the caller's, not this loop's
                 future.set_exception(error)
 
-        if not self.post(settle):
+        if not self.post(settle, after_turn=after_turn):
             raise EngineFault("The server is shutting down.")
         return await asyncio.shield(asyncio.wrap_future(future))
 
@@ -93,6 +99,8 @@ class Device:
     def _loop(self) -> None:
         while self._empty_inbox(wait=not any(engine.has_work for engine in self._engines)):
             self._take_turns()
+            self._work_after_turn()
+        self._work_after_turn()
         self._engines.clear()
         self._ended.set()
         threading.Event().wait()
@@ -104,6 +112,10 @@ class Device:
             _guarded(engine.step)
             if len(working) > 1 or not self._inbox.empty():
                 _guarded(engine.flush)
+
+    def _work_after_turn(self) -> None:
+        for _ in range(self._after_turn.qsize()):
+            _guarded(self._after_turn.get())
 
     def _empty_inbox(self, *, wait: bool) -> bool:
         """Does the work that was posted, after waiting for some if there is nothing else to do. False at the end."""
@@ -119,6 +131,9 @@ class Device:
                     del work  # nor what came with it
         except queue.Empty:
             return goes_on
+
+
+def _nothing() -> None: ...
 
 
 def _guarded(work: Callable[[], None]) -> None:

@@ -748,8 +748,7 @@ class Pool:
         )
 
     def _fit(self, entry: Entry[Any, Any], limit: int) -> Fit:
-        c = entry.checkpoint
-        return memory.fit(self._need(entry, limit), kv_bytes_per_token=c.kv_bytes_per_token, context_length=c.context_length, limit=limit)
+        return memory.fit_of(entry.checkpoint, limit=limit, kv_bytes=self._limits.kv_bytes, prefill_tokens=self._limits.prefill_budget)
 
     async def _text(self, model_id: str) -> TextEntry:
         entry = await self._entry(model_id)

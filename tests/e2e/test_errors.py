@@ -175,7 +175,7 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
         "invalid_value",
         "tools[0].function.parameters",
     ),
-    ({"tools": [{"type": "custom", "custom": {"name": "f"}}], "stream": True}, "invalid_value", "tools[0].type"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}], "stream": True}, "unsupported_value", "tools[0].type"),
     ({"tools": [tool(f"f{i}") for i in range(257)]}, "array_above_max_length", "tools"),
     ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [tool("f")]}, "invalid_value", "tool_choice.function.name"),

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from mlx_manager.inference.blas import better_core
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 
 USE = "from mlx_manager.inference.blas import use_fast_blas; blas = use_fast_blas(); print(blas.name, blas.path, blas.why, sep='|');"
 MULTIPLY = "import mlx.core as mx; a = mx.ones((4, 4), dtype=mx.float32); mx.eval(mx.matmul(a, a, stream=mx.cpu));"
 
 
+CORE = "import ctypes; of = ctypes.CDLL(str(blas.path)).openblas_get_corename; of.restype = ctypes.c_char_p; print(of().decode());"
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name not in ("MLX_MANAGER_BLAS", "LD_PRELOAD")}
+    env = {name: value for name, value in os.environ.items() if name not in ("MLX_MANAGER_BLAS", "LD_PRELOAD", "OPENBLAS_CORETYPE")}
     return subprocess.run([sys.executable, "-c", code], env=env | environment, capture_output=True, text=True, check=True)
 
 
@@ -71,3 +76,28 @@ def test_asked_again_it_names_the_same_library() -> None:
 
 def test_mlx_is_not_imported_by_it() -> None:
     assert run(USE + "import sys; print([name for name in sys.modules if name.startswith('mlx.')])").stdout.splitlines()[-1] == "[]"
+
+
+def test_an_old_library_is_told_what_it_runs_on() -> None:
+    found_openblas()
+    flags = next((set(line.split()) for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), set())
+    assert better_core(run(USE + CORE).stdout.split()[-1], flags) is None
+
+
+def test_what_the_operator_says_of_the_processor_stands() -> None:
+    found_openblas()
+    assert run(USE + CORE, OPENBLAS_CORETYPE="Nehalem").stdout.split()[-1] == "Nehalem"
+
+
+@pytest.mark.parametrize(
+    ("core", "processor", "better"),
+    [
+        ("Prescott", "fma avx2 avx512f avx512bw avx512cd avx512dq avx512vl", "SkylakeX"),
+        ("Prescott", "fma avx2 avx512f", "Haswell"),
+        ("Prescott", "sse4_2", None),
+        ("Haswell", "fma avx2 avx512f avx512bw avx512cd avx512dq avx512vl", None),
+        ("", "fma avx2", None),
+    ],
+)
+def test_only_what_the_processor_can_is_told(core: str, processor: str, better: str | None) -> None:
+    assert better_core(core, set(processor.split())) == better

@@ -8,8 +8,12 @@ Measured on two cores, fp32, (rows, 768) @ (768, 2560), the reference -> one thr
 1 row 2.3 -> 0.74 -> 0.36 ms, 16 rows 27 -> 1.2 -> 0.66 ms, 256 rows 444 -> 11 -> 6.2 ms. While other work keeps one core busy, two
 threads have the median of one and a longer tail. So the number of threads stays OpenBLAS's own choice, the number of cores, and
 `OPENBLAS_NUM_THREADS` the operator's.
+
+An OpenBLAS that is older than the processor takes it for the oldest that it knows. (128, 256) @ (256, 1792) on a Xeon of 2023: 2.0 ms
+as the Prescott that OpenBLAS 0.3.15 sees in it, 0.9 as a Haswell, 0.5 as a Skylake-X. So it is told.
 """
 
+import _ctypes
 import ctypes
 import importlib.util
 import os
@@ -20,6 +24,7 @@ from typing import Literal
 
 VARIABLE = "MLX_MANAGER_BLAS"
 SYSTEM_OPENBLAS = "libopenblas.so.0"  # found by the dynamic loader; Debian, Fedora and Arch call it so
+CORE = "OPENBLAS_CORETYPE"  # read by OpenBLAS when it is loaded; the operator's, if it is set
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,47 @@ def _bundled() -> list[Path]:
 def _load(library: str) -> str | None:
     """Put a library into the global scope; the reason if it cannot serve MLX, in which case it stays out of that scope."""
     try:
-        if not hasattr(ctypes.CDLL(library, mode=ctypes.RTLD_LOCAL), "cblas_sgemm"):
+        local = ctypes.CDLL(library, mode=ctypes.RTLD_LOCAL)
+        if not hasattr(local, "cblas_sgemm"):
             return f"{library}: no cblas_sgemm"
+        if (core := better_core(_core(local), _processor())) is not None and CORE not in os.environ:
+            os.environ[CORE] = core  # stays, for those that we start
+            _ctypes.dlclose(local._handle)
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         return str(error)
     return None
+
+
+_MODERN = {"Haswell", "Zen", "SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's names of those with AVX2 and more
+_AVX2 = {"avx2", "fma"}
+_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+def better_core(core: str, processor: set[str]) -> str | None:
+    """What to tell an OpenBLAS that takes this processor (its flags, as Linux calls them) for a `core`; None if it may stay so."""
+    if core == "" or core in _MODERN:
+        return None
+    if processor >= _AVX2 | _AVX512:
+        return "SkylakeX"
+    return "Haswell" if processor >= _AVX2 else None
+
+
+def _core(library: ctypes.CDLL) -> str:
+    """Empty if it has only one kind of kernels, or is another library."""
+    name = getattr(library, "openblas_get_corename", None)
+    if name is None:
+        return ""
+    name.restype = ctypes.c_char_p
+    return (name() or b"").decode()
+
+
+def _processor() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 class _Address(ctypes.Structure):

@@ -1,17 +1,19 @@
 """How models of mlx-lm and mlx-vlm attend through caches of ours, without a line of them changed.
 
-A model hands its cache to the `scaled_dot_product_attention` of its package's `models.base`. That one name is rebound, there and in
-every model module that has imported it: a cache that knows how to attend does so itself, all others get what the package does.
+A model hands its cache to the `scaled_dot_product_attention` of its package's `models.base`. That name is rebound, there and in every
+model module that has imported it: a cache that knows how to attend does so itself, all others get what the package does. So is the
+activation that most models have, for what computes on the CPU (`cpu_math`).
 """
 # pyright: basic
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-_NAME = "scaled_dot_product_attention"
+from mlx_manager.inference.engine import cpu_math
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,10 @@ class AttendingCache:
         raise NotImplementedError
 
 
+class GivingCache:
+    """Base of caches of ours that give keys and values to who attends."""
+
+
 class WatchingCache:
     """Base of caches that are told how a model attends, which is left to its package."""
 
@@ -38,10 +44,12 @@ class WatchingCache:
         raise NotImplementedError
 
 
-def _rebound(original: Any) -> Any:
+def _attending(original: Any) -> Any:
     def attention(queries, keys, values, cache, scale, mask, sinks=None) -> mx.array:
         if isinstance(cache, AttendingCache):
             return cache.attend(queries, scale, mask, sinks)
+        if isinstance(cache, GivingCache):
+            return cpu_math.attention(queries, keys, values, scale, mask, sinks)
         if isinstance(cache, WatchingCache):
             cache.watch(queries, keys, values, sinks)
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
@@ -53,15 +61,19 @@ _ours: dict[Any, Any] = {}  # by what a package itself does
 
 
 def install() -> None:
-    """Rebinds the name wherever it has been imported. Call it once a model's module is there; again for the next."""
+    """Rebinds the names wherever they have been imported. Call it once a model's module is there; again for the next."""
     for package in ("mlx_lm.models", "mlx_vlm.models"):
-        base = sys.modules.get(f"{package}.base")
-        if base is None:
-            continue
-        original = getattr(base, _NAME)
-        if original in _ours.values():
-            original = next(theirs for theirs, ours in _ours.items() if ours is original)
-        ours = _ours.setdefault(original, _rebound(original))
-        for name, module in list(sys.modules.items()):
-            if name.startswith(f"{package}.") and getattr(module, _NAME, None) is original:
-                setattr(module, _NAME, ours)
+        _rebind(package, "base", "scaled_dot_product_attention", _attending)
+        _rebind(package, "activations", "swiglu", cpu_math.swiglu)
+
+
+def _rebind(package: str, home: str, name: str, replacing: Callable[[Any], Any]) -> None:
+    original = getattr(sys.modules.get(f"{package}.{home}"), name, None)
+    if original is None:
+        return
+    if original in _ours.values():
+        original = next(theirs for theirs, ours in _ours.items() if ours is original)
+    ours = _ours.setdefault(original, replacing(original))
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith(f"{package}.") and getattr(module, name, None) is original:
+            setattr(module, name, ours)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_manager.inference.engine import cpu_math
 from mlx_manager.inference.engine.sequence import Sequence, TokenSampling
 
 _MASK = 2**64 - 1
@@ -141,8 +142,7 @@ class Sampler:
         return logits - self._frequency * self._counts - self._presence * generated
 
     def _drawn(self, logits: mx.array, draws: mx.array) -> mx.array:
-        scaled = logits / self._temperature
-        weights = mx.exp(scaled - mx.max(scaled, axis=-1, keepdims=True))  # the likeliest token weighs 1
+        weights = cpu_math.weights(logits / self._temperature)  # the likeliest token weighs 1
         if self._filters:
             weights = self._filtered(weights)
         # A parallel scan may round its way up over a token of no weight: such a token is never reached.

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_manager.inference.engine.attention import AttendingCache, Sight
+from mlx_manager.inference.engine import cpu_math
+from mlx_manager.inference.engine.attention import AttendingCache, GivingCache, Sight
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.cache_layout import (
     Group,
@@ -48,7 +49,7 @@ _SMALL_PASS = 64
 _LARGE_PASS = 1024
 
 
-class PrefillCache:
+class PrefillCache(GivingCache):
     """One layer's keys and values of one sequence while it is prefilled: `parts` in their order, each [1, H, ., D]."""
 
     def __init__(self, window: int | None, parts: Items[KeysValues] = ()) -> None:
@@ -101,7 +102,7 @@ class PrefillRows(AttendingCache):
 
         def attended(queries: mx.array, keys: mx.array, values: mx.array, num_before: int) -> mx.array:
             mask = prefill_mask(queries.shape[2], num_before, window, return_array=False)
-            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+            return cpu_math.attention(queries, keys, values, scale, mask, sinks)
 
         rows: list[mx.array] = []
         if self._new:  # what comes after a row's end looks back, and nothing looks at it
@@ -182,7 +183,7 @@ class SplitCache(AttendingCache):
         if sinks is not None:
             column = mx.broadcast_to(sinks.reshape(1, num_heads, -1, 1), (*scores.shape[:-1], 1)).astype(scores.dtype)
             scores = mx.concatenate([scores, column], axis=-1)
-        weights = mx.softmax(scores, axis=-1, precise=True)
+        weights = cpu_math.softmax(scores)
         old, end = old_keys.shape[2], old_keys.shape[2] + len(recent)
         return (weights[..., :old] @ old_values + weights[..., old:end] @ new_values).reshape(num_rows, num_queries, 1, -1)
 

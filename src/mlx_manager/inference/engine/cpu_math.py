@@ -1,0 +1,92 @@
+"""Exponentials for MLX's CPU backend, where each of its own calls the C library: at 19 ns apiece they took more of a small model's pass
+than its matrix products. Here they are sums and products that a compiler makes vectors of: a seventh of the time, and closer to exact
+(8e-8 of the value; MLX's `exp` is off by up to 4e-6). float32 only. The polynomial is that of Cephes' `expf`.
+"""
+# pyright: basic
+
+from typing import Any
+
+import mlx.core as mx
+
+# Below this many numbers describing more operations takes longer than their exponentials.
+_FEWEST = 4096
+_LOWEST, _HIGHEST = -87.0, 88.0  # beyond, float32 has no exponentials that are normal numbers
+
+
+def pays(num_exponentials: int, *arrays: mx.array) -> bool:
+    """Whether this is the place for it."""
+    if num_exponentials < _FEWEST or mx.default_device().type != mx.DeviceType.cpu:
+        return False
+    return all(array.dtype == mx.float32 for array in arrays)
+
+
+def softmax(scores: mx.array) -> mx.array:
+    """Along the last axis; minus infinity weighs nothing."""
+    if not pays(scores.size, scores):
+        return mx.softmax(scores, axis=-1, precise=True)
+    found = weights(scores)
+    return _quotient(found, mx.sum(found, axis=-1, keepdims=True))
+
+
+def weights(scores: mx.array) -> mx.array:
+    """The same before it is divided by its sum: the greatest is 1."""
+    greatest = mx.max(scores, axis=-1, keepdims=True)
+    if not pays(scores.size, scores):
+        return mx.exp(scores - greatest)
+    fraction, bits = _below(scores, greatest)
+    return _weights(fraction, bits.view(mx.float32))
+
+
+def swiglu(original: Any) -> Any:
+    """silu(gate) * x, in place of the `original`."""
+
+    def activation(gate: mx.array, x: mx.array) -> mx.array:
+        if not pays(gate.size, gate, x):
+            return original(gate, x)
+        fraction, bits = _negative(gate)
+        return _gated(gate, x, fraction, bits.view(mx.float32))
+
+    return activation
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
+    """`mx.fast.scaled_dot_product_attention`: queries [B, Hq, L, D], keys and values [B, H, S, D]."""
+    (num_rows, num_queries, length, _), (num_heads, num_keys) = queries.shape, keys.shape[1:3]
+    shared_by = num_queries // num_heads
+    if sinks is not None or not pays(num_rows * num_queries * length * num_keys, queries, keys, values):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    queries = (queries * scale).reshape(num_rows, num_heads, shared_by, length, -1)
+    scores = queries @ keys[:, :, None].swapaxes(-1, -2)
+    if isinstance(mask, str):
+        at = mx.arange(num_keys)
+        mask = at <= at[num_keys - length :, None]
+    if mask is not None:
+        if mask.ndim > 2 and mask.shape[-3] != 1:
+            mask = mask.reshape(*mask.shape[:-3], num_heads, shared_by, *mask.shape[-2:])
+        elif mask.ndim > 2:
+            mask = mask[..., None, :, :]
+        scores = scores + (mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask)
+    return (softmax(scores) @ values[:, :, None]).reshape(num_rows, num_queries, length, -1)
+
+
+def _exponential(x: mx.array) -> tuple[mx.array, mx.array]:
+    """exp(x) as a product: a number near 1, and the bits of a power of two. It is the caller's to look at them as float32: no graph
+    that is compiled for all shapes may."""
+    x = mx.maximum(mx.minimum(x, _HIGHEST), _LOWEST)
+    power = (x * 1.4426950408889634 + 127.5).astype(mx.int32)  # rounds, as nothing is negative
+    n = power.astype(mx.float32) - 127.0
+    r = (x - n * 0.693359375) + n * 2.12194440e-4  # ln 2 in two parts, of which the first has few digits
+    p = 1.9875691500e-4 * r + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    return p * r * r + r + 1.0, power << 23
+
+
+_negative = mx.compile(lambda x: _exponential(-x), shapeless=True)
+_below = mx.compile(lambda x, greatest: _exponential(x - greatest), shapeless=True)
+# What is next to nothing weighs nothing: numbers that small, times others, are so slow that they would take most of the time.
+_weights = mx.compile(lambda fraction, power: mx.maximum(fraction * power - 1e-30, 0.0), shapeless=True)
+_quotient = mx.compile(lambda x, y: x / y, shapeless=True)
+_gated = mx.compile(lambda gate, x, fraction, power: gate / (1.0 + fraction * power) * x, shapeless=True)

@@ -1,0 +1,50 @@
+"""What is computed in place of MLX's own must be what MLX computes."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_manager.inference.engine import cpu_math
+
+pytestmark = pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="it is for the CPU")
+
+
+def test_the_activation_is_that_of_the_model() -> None:
+    gate = mx.concatenate([mx.random.normal((31, 1000)) * 8, mx.linspace(-100, 100, 1000)[None]])
+    x = mx.random.normal(gate.shape)
+    exact = np.array(gate, np.float64) / (1 + np.exp(-np.array(gate, np.float64))) * np.array(x, np.float64)
+    np.testing.assert_allclose(np.array(cpu_math.swiglu(None)(gate, x)), exact, rtol=1e-6, atol=1e-30)
+
+
+def test_what_is_no_number_stays_so() -> None:
+    gate = mx.broadcast_to(mx.array([0.0, np.nan, np.inf]), (2000, 3))
+    assert np.isnan(np.array(cpu_math.swiglu(None)(gate, mx.ones_like(gate)))).any(axis=0).tolist() == [False, True, False]
+
+
+def test_few_numbers_and_other_types_are_left_to_the_model() -> None:
+    for gate in (mx.ones((10,)), mx.ones((5000,), mx.bfloat16)):
+        assert cpu_math.swiglu(lambda gate, x: "theirs")(gate, gate) == "theirs"
+
+
+def test_what_is_masked_weighs_nothing() -> None:
+    scores = mx.where(mx.arange(512) < 300, mx.random.normal((64, 512)) * 10, -mx.inf)
+    weights = np.array(cpu_math.softmax(scores))
+    assert (weights[:, 300:] == 0).all()
+    np.testing.assert_allclose(weights, np.array(mx.softmax(scores, axis=-1, precise=True)), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mask", ["causal", None, "boolean", "added", "of rows", "of heads"])
+@pytest.mark.parametrize(("num_rows", "length", "num_keys"), [(1, 48, 48), (3, 40, 64), (2, 1, 700)])
+def test_attention_is_what_mlx_attends_to(mask: str | None, num_rows: int, length: int, num_keys: int) -> None:
+    queries = mx.random.normal((num_rows, 8, length, 32))
+    keys, values = (mx.random.normal((num_rows, 2, num_keys, 32)) for _ in range(2))
+    made = {
+        "boolean": mx.arange(num_keys) <= mx.arange(num_keys - length, num_keys)[:, None],
+        "added": mx.random.normal((length, num_keys)),
+        "of rows": mx.random.normal((num_rows, 1, length, num_keys)),
+        "of heads": mx.random.normal((num_rows, 8, length, num_keys)),
+    }
+    given = made.get(mask, mask) if mask is not None else None
+    ours = cpu_math.attention(queries, keys, values, 0.2, given, None)
+    theirs = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.2, mask=given)
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=2e-6)

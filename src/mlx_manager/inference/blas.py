@@ -134,7 +134,7 @@ def _processor() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set[str]())
 
 
 class _Address(ctypes.Structure):

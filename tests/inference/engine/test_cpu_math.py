@@ -1,5 +1,8 @@
 """What is computed in place of MLX's own must be what MLX computes."""
 
+import subprocess
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,6 +10,20 @@ import pytest
 from mlx_manager.inference.engine import cpu_math
 
 pytestmark = pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="it is for the CPU")
+
+
+@pytest.fixture(params=["as loops", "by operations"], autouse=True)
+def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_math._Fused, "preparing", None)
+    monkeypatch.setattr(cpu_math._Fused, "are_ready", request.param == "as loops")
+
+
+def test_loops_are_compiled_by_another_process_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_math._Fused, "are_ready", False)
+    subprocess.run([sys.executable, "-m", cpu_math.__name__], check=True)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    cpu_math.prepare()
+    assert cpu_math._Fused.are_ready
 
 
 def test_the_activation_is_that_of_the_model() -> None:

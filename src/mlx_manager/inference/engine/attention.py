@@ -62,6 +62,7 @@ _ours: dict[Any, Any] = {}  # by what a package itself does
 
 def install() -> None:
     """Rebinds the names wherever they have been imported. Call it once a model's module is there; again for the next."""
+    cpu_math.prepare()
     for package in ("mlx_lm.models", "mlx_vlm.models"):
         _rebind(package, "base", "scaled_dot_product_attention", _attending)
         _rebind(package, "activations", "swiglu", cpu_math.swiglu)

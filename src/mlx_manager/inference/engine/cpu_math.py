@@ -4,7 +4,15 @@ than its matrix products. Here they are sums and products that a compiler makes 
 """
 # pyright: basic
 
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
 
@@ -84,9 +92,59 @@ def _exponential(x: mx.array) -> tuple[mx.array, mx.array]:
     return p * r * r + r + 1.0, power << 23
 
 
-_negative = mx.compile(lambda x: _exponential(-x), shapeless=True)
-_below = mx.compile(lambda x, greatest: _exponential(x - greatest), shapeless=True)
+class _Fused:
+    """A function of arrays as one loop, once that has been compiled; until then operation by operation, which takes twice as long."""
+
+    are_ready = False
+    preparing: subprocess.Popen[bytes] | None = None
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.compiled = mx.compile(function, shapeless=True)
+
+    def __call__(self, *arrays: mx.array) -> Any:
+        if _Fused.preparing is not None and _Fused.preparing.poll() is not None:
+            _Fused.are_ready = _Fused.preparing.returncode == 0
+            _Fused.preparing = None
+        return self.compiled(*arrays) if _Fused.are_ready else self._function(*arrays)
+
+
+_negative = _Fused(lambda x: _exponential(-x))
+_below = _Fused(lambda x, greatest: _exponential(x - greatest))
 # What is next to nothing weighs nothing: numbers that small, times others, are so slow that they would take most of the time.
-_weights = mx.compile(lambda fraction, power: mx.maximum(fraction * power - 1e-30, 0.0), shapeless=True)
-_quotient = mx.compile(lambda x, y: x / y, shapeless=True)
-_gated = mx.compile(lambda gate, x, fraction, power: gate / (1.0 + fraction * power) * x, shapeless=True)
+_weights = _Fused(lambda fraction, power: mx.maximum(fraction * power - 1e-30, 0.0))
+_quotient = _Fused(lambda x, y: x / y)
+_gated = _Fused(lambda gate, x, fraction, power: gate / (1.0 + fraction * power) * x)
+
+
+def prepare() -> None:
+    """Sees to it that the loops are compiled. MLX does that when they are first computed, with the C++ compiler of the machine, if it
+    has one; it takes seconds, and leaves them in a temporary folder. So another process does it, at most once as long as that is there."""
+    if _Fused.are_ready or _Fused.preparing is not None or mx.default_device().type != mx.DeviceType.cpu:
+        return
+    if _mark().exists():
+        _Fused.are_ready = True
+        return
+    try:
+        _Fused.preparing = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    except OSError:  # then not
+        return
+
+
+def _mark() -> Path:
+    """Says, where MLX leaves what it compiles, that what stands here is among that."""
+    return Path(tempfile.gettempdir(), "mlx", version("mlx"), "cpu", f"mlx-manager-{crc32(Path(__file__).read_bytes()):08x}")
+
+
+def _compile() -> None:
+    _Fused.are_ready = True
+    numbers = mx.zeros((_FEWEST, 2))
+    mx.eval(swiglu(None)(numbers, numbers), softmax(numbers), softmax(numbers[None, None, None]))
+    with suppress(OSError):  # another MLX, which leaves things elsewhere
+        _mark().touch()
+
+
+if __name__ == "__main__":
+    _compile()

@@ -290,7 +290,7 @@ def make_engine(
     """The engine for a loaded model; `proven`: see `choose_cache`. On the device thread."""
     import mlx.core as mx
 
-    from mlx_manager.inference.engine import paged_attention
+    from mlx_manager.inference.engine import head, paged_attention
     from mlx_manager.inference.engine.lanes import choose_cache, num_blocks_within, state_bytes_within
     from mlx_manager.inference.engine.picture_model import PictureModel
     from mlx_manager.inference.engine.runner import Runner
@@ -299,6 +299,7 @@ def make_engine(
     kv_bytes = memory.LEAST_KV_BYTES if limits.kv_bytes is None else limits.kv_bytes
     cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend), proven)
     num_blocks = num_blocks_within(cache, kv_bytes)
+    ahead = mx.default_device() != mx.Device(mx.cpu) if limits.ahead is None else limits.ahead
     policy = Policy(
         cost=cost,
         max_pass_bytes=limits.pass_bytes,
@@ -308,6 +309,7 @@ def make_engine(
         max_scores=memory.SCORE_BYTES // (4 * _num_query_heads(model)),
         needs_states=cache.needs_states,
         whole_pictures=isinstance(model, PictureModel) and model.looks_both_ways,
+        samples_prompts=not cache.needs_states and (cache.takes_unread or not ahead) and head.install(model),
     )
     log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks - 1, BLOCK_TOKENS)
     keys = PrefixKeys(model_key, str(cache.token_bytes), adapter_key)
@@ -318,7 +320,6 @@ def make_engine(
         disk = DiskTier(limits.disk_folder, fingerprint=keys.fingerprint, max_bytes=limits.disk_bytes)
         disk.start()
         disk.wait_until_listed(_LISTING_S)  # or the first request, for which the model is loaded, would find nothing
-    ahead = mx.default_device() != mx.Device(mx.cpu) if limits.ahead is None else limits.ahead
     return Engine(
         device,
         Runner(cache, vocab_size, model if isinstance(model, PictureModel) else None),

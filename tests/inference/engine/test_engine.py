@@ -37,6 +37,10 @@ class Step:
     tokens: tuple[int, ...]
     chunks: tuple[tuple[Chunk, None], ...]
 
+    @property
+    def sampling(self) -> tuple[Sequence | None, ...]:
+        return self.rows
+
 
 @dataclass
 class Counting(KeepsNothing):

@@ -93,6 +93,10 @@ class FakeDevice:
                 self._write(queued, chunk.sequence, position, chunk.sequence.tokens[position])
             chunk.sequence.num_queued = chunk.stop
             queued.chunks.append((chunk, self.stays[chunk.sequence]))
+            if chunk.samples:
+                token = next_token(self._content(chunk.sequence, chunk.stop), chunk.sequence.spec.sampling.seed)
+                queued.rows.append(Row(chunk.sequence, self.stays[chunk.sequence], chunk.stop - 1, token))
+                chunk.sequence.num_sampled += 1
         self.pending = queued
         return queued
 
@@ -204,6 +208,7 @@ class Histories(RuleBasedStateMachine):
         max_scores=st.none() | st.sampled_from([2_000, 20_000]),
         step_s=st.sampled_from([0.01, 1.0, 8.0]),
         ahead=st.sampled_from([True, True, False]),
+        samples_prompts=st.booleans(),
     )
     def start(
         self,
@@ -214,9 +219,12 @@ class Histories(RuleBasedStateMachine):
         max_scores: int | None,
         step_s: float,
         ahead: bool,
+        samples_prompts: bool,
     ) -> None:
         max_row_tokens = None if max_row_blocks is None else max_row_blocks * BLOCK_TOKENS
-        self.policy = Policy(max_sequences, 10.0, max_row_tokens, max_scores, needs_states)
+        self.policy = Policy(
+            max_sequences, 10.0, max_row_tokens, max_scores, needs_states, samples_prompts=samples_prompts and not needs_states
+        )
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(self.pool, PrefixKeys("toy", "tokens"), self.policy)
         self.device = FakeDevice(self.pool, needs_states=needs_states)
@@ -375,16 +383,20 @@ class Histories(RuleBasedStateMachine):
         if policy.max_row_tokens is not None:
             longest = max((len(s.table) for s in running), default=0)
             assert len(running) * longest * BLOCK_TOKENS <= policy.max_row_tokens
-        assert sum(chunk.stop - chunk.start for chunk in plan.prefill) <= budget
+        assert sum(chunk.stop - chunk.start - chunk.samples for chunk in plan.prefill) <= budget
         for chunk in plan.prefill:
-            length = chunk.stop - chunk.start
+            length = chunk.stop - chunk.start - chunk.samples
             assert length >= 1
-            assert chunk.stop <= chunk.sequence.prefill_end < len(chunk.sequence.tokens)
+            if chunk.samples:
+                assert policy.samples_prompts
+                assert chunk.stop == chunk.sequence.prefill_end + 1 == len(chunk.sequence.tokens)
+            else:
+                assert chunk.stop <= chunk.sequence.prefill_end < len(chunk.sequence.tokens)
             if policy.max_scores is not None:
-                assert length == 1 or length * chunk.stop <= policy.max_scores
+                assert length == 1 or length * (chunk.stop - chunk.samples) <= policy.max_scores
             if policy.needs_states:
                 assert chunk.stop % BLOCK_TOKENS == 0 or chunk.stop // BLOCK_TOKENS == chunk.start // BLOCK_TOKENS
-        under_way = set() if self.pending is None else {chunk.sequence for chunk, _ in self.pending.chunks}
+        under_way = set() if self.pending is None else {chunk.sequence for chunk, _ in self.pending.chunks if not chunk.samples}
         assert not under_way & set(plan.decode), "decoded before its prefill has been read"
         assert not {chunk.sequence for chunk in plan.prefill} & set(plan.decode)
         if plan.is_empty:  # nobody would hear of it

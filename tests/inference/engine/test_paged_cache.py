@@ -19,6 +19,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import gemma2, lfm2
 
 from mlx_manager.core.errors import EngineFault
+from mlx_manager.inference.engine import head
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool
 from mlx_manager.inference.engine.cache_layout import UnsupportedCache
 from mlx_manager.inference.engine.device import Device
@@ -57,7 +58,8 @@ class Built:
 
 def build(device: Device, model: Any, vocab_size: int, cache: KVCache, num_blocks: int, **options: Any) -> Built:
     asked = {"max_sequences": 32, "prefill_budget": 2048} | options
-    policy = Policy(max_sequences=asked["max_sequences"], needs_states=cache.needs_states)
+    samples_prompts = cache.takes_unread and not cache.needs_states and head.install(model)
+    policy = Policy(max_sequences=asked["max_sequences"], needs_states=cache.needs_states, samples_prompts=samples_prompts)
     runner = Runner(cache, vocab_size)
     scheduler = Scheduler(BlockPool(num_blocks), PrefixKeys("a model", "a cache"), policy)
     engine = Engine(device, runner, scheduler, Pace(asked["prefill_budget"], 10.0), check_every=1)

@@ -11,7 +11,7 @@ from mlx_manager.core.requests import Priority
 from mlx_manager.inference.engine import prefix
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Content
 from mlx_manager.inference.engine.prefix import PrefixKeys
-from mlx_manager.inference.engine.scheduler import Fork, PassCost, Plan, Policy, Scheduler
+from mlx_manager.inference.engine.scheduler import Chunk, Fork, PassCost, Plan, Policy, Scheduler
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, TokenSampling
 from mlx_manager.inference.picture import Picture, PlacedPicture
 
@@ -73,6 +73,9 @@ def queue(plan: Plan) -> Queued:
     for chunk in plan.prefill:
         assert chunk.start == chunk.sequence.num_queued
         chunk.sequence.num_queued = chunk.stop
+        if chunk.samples:
+            positions[chunk.sequence] = chunk.stop - 1
+            chunk.sequence.num_sampled += 1
     return Queued(plan, positions)
 
 
@@ -125,6 +128,40 @@ def test_the_last_prompt_token_is_decoded_not_prefilled() -> None:
     plan = step(scheduler)
     assert (plan.admitted, chunks(plan), plan.decode) == ((s,), [(s, 0, 4)], ())
     assert step(scheduler) == Plan(decode=(s,))
+
+
+def test_the_last_chunk_of_a_prompt_samples_where_it_can() -> None:
+    s = sequence(10)
+    scheduler = scheduler_with([s], samples_prompts=True)
+    assert step(scheduler, budget=4).prefill == (Chunk(s, 0, 4),)
+    assert step(scheduler, budget=5).prefill == (Chunk(s, 4, 10, samples=True),)
+    assert s.num_generated == 1
+    assert step(scheduler).decode == (s,)
+
+
+def test_whose_prompt_ends_in_a_step_decodes_in_the_next_read_or_not() -> None:
+    s = sequence(10)
+    scheduler = scheduler_with([s], samples_prompts=True)
+    ended = queue(scheduler.plan(0, 100))
+    plan = scheduler.plan(0, 100)
+    assert plan.decode == (s,)
+    read(scheduler, ended)
+    read(scheduler, queue(plan))
+    assert s.num_generated == 2
+
+
+def test_where_others_begin_with_the_same_prompt_it_is_not_sampled_before_they_are_there() -> None:
+    first, second = (sequence(range(10)) for _ in range(2))
+    scheduler = scheduler_with([first, second], samples_prompts=True)
+    assert step(scheduler).prefill == (Chunk(first, 0, 9),)
+    plan = step(scheduler)
+    assert [fork.child for fork in plan.forks] == [second]
+    assert plan.decode == (first, second)
+
+
+def test_a_prompt_of_one_token_is_decoded() -> None:
+    s = sequence(1)
+    assert step(scheduler_with([s], samples_prompts=True)).decode == (s,)
 
 
 def test_the_first_who_came_is_prefilled_first_and_the_rest_of_the_budget_goes_to_the_next() -> None:

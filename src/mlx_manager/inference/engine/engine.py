@@ -28,10 +28,13 @@ Item = Token | Ended | EngineFault | TimedOut | InvalidField
 
 
 class PendingStep(Protocol):
-    """A step that is queued: its rows (None: nobody wants what comes of it), and the chunks of prompts in it."""
+    """A step that is queued: its rows (None: nobody wants what comes of it), the chunks of prompts in it, and who gets a token from it:
+    the rows, then those whose prompts end in it with a chunk that samples."""
 
     @property
     def rows(self) -> tuple[Sequence | None, ...]: ...
+    @property
+    def sampling(self) -> tuple[Sequence | None, ...]: ...
     @property
     def chunks(self) -> tuple[tuple[Chunk, Any], ...]: ...
 
@@ -451,7 +454,7 @@ class Engine:
         tokens = self._runner.read(pending)
         self._note_time(pending)
         self.counters.decode_steps += bool(pending.rows)
-        for sequence, token in zip(pending.rows, tokens, strict=True):
+        for sequence, token in zip(pending.sampling, tokens, strict=True):
             if sequence is not None and token is not None and not sequence.finished:  # else its surplus token
                 self._take(sequence, token)
         for sequence in dict.fromkeys([*(chunk.sequence for chunk, _ in pending.chunks), *(s for s in pending.rows if s is not None)]):

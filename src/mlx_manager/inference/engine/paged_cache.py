@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_manager.inference.engine import head
 from mlx_manager.inference.engine.attention import AttendingCache, Sight
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.cache_layout import (
@@ -179,6 +180,7 @@ class QueuedPass:
 
     made: list[mx.array]
     states: list[State] | None = None
+    logits: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
         return self.made
@@ -191,6 +193,7 @@ class PagedCache:
     name = "paged"
     max_rows: int | None = None
     pads_rows = False
+    takes_unread = True
     host_bytes = 0
 
     def __init__(self, model: Any, attention: PagedAttention, num_blocks: int) -> None:
@@ -278,18 +281,21 @@ class PagedCache:
     # ---- passes
 
     def prefill(self, chunks: Items[Chunk]) -> list[QueuedPass]:
-        """Queues the keys and values of stretches of prompts; no logits are computed."""
-        return [self._prefill(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
+        """Queues the keys and values of stretches of prompts, and the logits of those that sample."""
+        return [self._prefill(chunk) for chunk in chunks]
 
-    def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedPass:
-        chunk = ChunkPass(self._attention, sequence.table, start, stop)
+    def _prefill(self, chunk: Chunk) -> QueuedPass:
+        sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+        blocks = ChunkPass(self._attention, sequence.table, start, stop)
         states = self._states.of(sequence)
         inputs = prompt_inputs(self._model, sequence, start, stop)
         if self._pads_chunks and not sequence.spec.pictures:
             inputs = mx.pad(inputs, [(0, 0), (0, padded_tokens(stop - start) - (stop - start))])
-        self._run(inputs, chunk, ChunkLayer, states)
+        with head.only([stop - start - 1] if chunk.samples else None):
+            logits = self._run(inputs, blocks, ChunkLayer, states)
         made = self._epochs() + _arrays(states)
-        return QueuedPass(made, self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None)
+        snapshot = self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None
+        return QueuedPass(made, snapshot, logits[:, -1] if chunk.samples else None)
 
     def arrange(self, wanted: Items[Sequence], awaited: set[Sequence]) -> list[Sequence | None]:
         """Those who stay, in the order they are in, then those who come."""

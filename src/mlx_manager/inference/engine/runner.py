@@ -23,6 +23,13 @@ class Queued(Protocol):
         ...
 
 
+class QueuedPrompt(Queued, Protocol):
+    """The same for a stretch of a prompt, with the `logits` [1, V] of its last token if it samples."""
+
+    @property
+    def logits(self) -> mx.array | None: ...
+
+
 class Pictures(Protocol):
     """What knows where pictures stand: `PictureModel`."""
 
@@ -33,7 +40,8 @@ class Pictures(Protocol):
 class KVCache(Protocol):
     """Where keys and values are kept: `PagedCache`, `SlotCache`, `SingleCache`. All of it happens on the device thread.
 
-    `max_rows` decode together at most (None: as many as there are places); `pads_rows`: rows cost as much as the longest of them.
+    `max_rows` decode together at most (None: as many as there are places); `pads_rows`: rows cost as much as the longest of them;
+    `takes_unread`: a row may come in while its prompt is still being computed.
     """
 
     @property
@@ -42,6 +50,8 @@ class KVCache(Protocol):
     def max_rows(self) -> int | None: ...
     @property
     def pads_rows(self) -> bool: ...
+    @property
+    def takes_unread(self) -> bool: ...
     @property
     def needs_states(self) -> bool: ...
     @property
@@ -57,7 +67,7 @@ class KVCache(Protocol):
     def fork(self, child: Sequence, parent: Sequence, source: int | None, target: int | None) -> None: ...
     def forget(self, sequence: Sequence) -> None: ...
     def clear(self) -> None: ...
-    def prefill(self, chunks: Rows[Chunk]) -> Rows[Queued]: ...
+    def prefill(self, chunks: Rows[Chunk]) -> Rows[QueuedPrompt]: ...
     def arrange(self, wanted: Rows[Sequence], awaited: set[Sequence]) -> list[Sequence | None]: ...
     def forward(self, inputs: mx.array) -> tuple[mx.array, Queued]: ...
     def settle(self, step: Any) -> None: ...
@@ -70,7 +80,8 @@ class KVCache(Protocol):
 @dataclass(slots=True)
 class Pending:
     """A step that is queued on the device and not yet read. `rows` (None: nobody wants what comes of it) and the positions whose keys
-    and values it computes, with their `logits` [B, V], of which tokens are `sampled` at once or in `finish`; `chunks` with what they make.
+    and values it computes, with their `logits` [B, V], of which tokens are `sampled` at once or in `finish`; `chunks` with what they make,
+    and the tokens that those of them sample which do: the `first` of their sequences.
     """
 
     rows: tuple[Sequence | None, ...] = ()
@@ -78,11 +89,24 @@ class Pending:
     logits: mx.array | None = None
     step: Queued | None = None
     sampled: Sampled | None = None
-    chunks: tuple[tuple[Chunk, Queued], ...] = ()
+    chunks: tuple[tuple[Chunk, QueuedPrompt], ...] = ()
+    first: Sampled | None = None
+
+    @property
+    def sampling(self) -> tuple[Sequence | None, ...]:
+        """Who gets a token: the rows, then those whose prompts end here."""
+        return (*self.rows, *(chunk.sequence for chunk, _ in self.chunks if chunk.samples))
+
+    def tokens(self) -> mx.array | None:
+        """Theirs, in the same order."""
+        made = [sampled.tokens for sampled in (self.sampled, self.first) if sampled is not None]
+        return mx.concatenate(made) if len(made) > 1 else made[0] if made else None
 
     def parts(self) -> list[list[mx.array]]:
         """What has to be computed, in this order."""
         parts = [queued.arrays() for _, queued in self.chunks]
+        if self.first is not None:
+            parts.append(self.first.arrays())
         if self.logits is None or self.step is None:
             return parts
         made = [self.logits] if self.sampled is None else self.sampled.arrays()
@@ -100,8 +124,9 @@ class Runner:
         self.cache_name = cache.name
         self.block_bytes = cache.token_bytes * BLOCK_TOKENS
         self._sampler = Sampler(vocab_size)
+        self._first_sampler = Sampler(vocab_size)  # of prompts that end
         self._rows: list[Sequence | None] = []
-        self._inputs: mx.array | None = None  # [B] the next token of every row, perhaps still being computed
+        self._inputs: mx.array | None = None  # [B] the next token of every row
         self._pending: Pending | None = None
 
     @property
@@ -133,6 +158,7 @@ class Runner:
         for chunk in plan.prefill:
             chunk.sequence.num_queued = chunk.stop
         pending.chunks = tuple(zip(plan.prefill, made, strict=True))
+        self._sample_first(pending)
         self._pending = pending
         return pending
 
@@ -162,7 +188,8 @@ class Runner:
         for chunk, _ in pending.chunks:
             if chunk.sequence.table:
                 chunk.sequence.num_computed = chunk.stop
-        return [] if pending.sampled is None else _tokens(pending.rows, pending.sampled)
+        of_rows = [] if pending.sampled is None else _tokens(pending.rows, pending.sampled)
+        return of_rows if pending.first is None else of_rows + _tokens(pending.sampling[len(pending.rows) :], pending.first)
 
     def save(self, sequence: Sequence, index: int, block: int, pending: Pending | None) -> None:
         """Block `index` of a sequence, computed by now, was published: others will come for it."""
@@ -219,26 +246,37 @@ class Runner:
         assert pending.logits is not None
         masks = [None if s is None or s.finished or s.spec.constraint is None else s.spec.constraint.mask() for s in pending.rows]
         pending.sampled = self._sampler.sample(pending.logits, masks)
-        self._inputs = pending.sampled.tokens
         for sequence in pending.rows:
             if sequence is not None:
                 sequence.num_sampled += 1
 
+    def _sample_first(self, pending: Pending) -> None:
+        logits = [queued.logits for chunk, queued in pending.chunks if chunk.samples and queued.logits is not None]
+        if not logits:
+            return
+        sequences = [chunk.sequence for chunk, _ in pending.chunks if chunk.samples]
+        self._first_sampler.set_rows(sequences)
+        masks = [None if s.spec.constraint is None else s.spec.constraint.mask() for s in sequences]
+        pending.first = self._first_sampler.sample(mx.concatenate(logits), masks)
+        for sequence in sequences:
+            sequence.num_sampled += 1
+
     def _set_rows(self, wanted: Rows[Sequence]) -> None:
-        under_way = () if self._pending is None else self._pending.rows
+        under_way = () if self._pending is None else self._pending.sampling
+        made = None if self._pending is None else self._pending.tokens()
         unread = {s: i for i, s in enumerate(under_way) if s is not None and not s.finished}
         rows = self.cache.arrange(wanted, set(unread))
-        if rows == list(under_way):
-            return
-        # The token of a row under way is not known yet and stays on the device; everybody else's is.
-        inputs = mx.array([0 if s is None or s in unread else s.last_token for s in rows], dtype=mx.int32)
-        if self._inputs is not None and any(s in unread for s in rows):
-            source = mx.array([0 if s is None else unread.get(s, 0) for s in rows], dtype=mx.int32)
-            inputs = mx.where(mx.array([s in unread for s in rows]), self._inputs[source], inputs)
-        self._inputs = inputs
         if rows != self._rows:
             self._sampler.set_rows(rows)
             self._rows = rows
+        if made is not None and rows == list(under_way):
+            self._inputs = made
+            return
+        # The token of a row under way is not known yet and stays on the device; everybody else's is.
+        self._inputs = mx.array([0 if s is None or s in unread else s.last_token for s in rows], dtype=mx.int32)
+        if made is not None and any(s in unread for s in rows):
+            source = mx.array([0 if s is None else unread.get(s, 0) for s in rows], dtype=mx.int32)
+            self._inputs = mx.where(mx.array([s in unread for s in rows]), made[source], self._inputs)
 
 
 def _tokens(rows: Rows[Sequence | None], sampled: Sampled) -> list[Token | None]:

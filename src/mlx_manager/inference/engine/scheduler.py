@@ -18,11 +18,13 @@ from mlx_manager.inference.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, stop) of one sequence, to be computed in this step."""
+    """Tokens [start, stop) of one sequence, to be computed in this step. `samples`: its last token is the last there is, and the one
+    that follows is chosen."""
 
     sequence: Sequence
     start: int
     stop: int
+    samples: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ class Policy:
     `max_row_tokens` bounds (rows) x (tokens of the longest), where rows are padded to one length. `max_scores` bounds (tokens of a
     chunk) x (tokens that it attends to), where attention writes its scores to memory. `needs_states`: layers keep a state beside keys
     and values, so chunks end where blocks end, and a prefix can be resumed only there. The chunks of a step take `max_pass_bytes` at most,
-    by what they `cost`. `whole_pictures`: what stands for a picture looks at all of it, so no chunk ends inside one.
+    by what they `cost`. `whole_pictures`: what stands for a picture looks at all of it, so no chunk ends inside one. `samples_prompts`:
+    the last chunk of a prompt may be one that samples; otherwise, and where others begin with the very same prompt, that is for the
+    decoding step which comes after it.
     """
 
     max_sequences: int = 32
@@ -82,6 +86,7 @@ class Policy:
     cost: PassCost | None = None
     max_pass_bytes: int | None = None
     whole_pictures: bool = False
+    samples_prompts: bool = False
 
 
 class Scheduler:
@@ -210,9 +215,16 @@ class Scheduler:
                 pass_bytes -= cost.of(length, start)
                 if chunks and pass_bytes < 0:
                     break
-            chunks.append(Chunk(sequence, start, start + length))
+            samples = start + length == sequence.prefill_end and self._samples(sequence)
+            chunks.append(Chunk(sequence, start, start + length + samples, samples))
             budget -= length
         return chunks
+
+    def _samples(self, sequence: Sequence) -> bool:
+        spec = sequence.spec
+        if not self.policy.samples_prompts or spec.pictures or spec.sampling.penalises:
+            return False
+        return not any(other.tokens == sequence.tokens for other in self.waiting)
 
     def _chunk_length(self, sequence: Sequence, budget: int, pass_bytes: int | None) -> int:
         length = min([budget, sequence.num_prefill_left, *(p - sequence.num_queued for p in sequence.parting if p > sequence.num_queued)])

@@ -109,7 +109,7 @@ class Sequence:
 
     Of its `tokens` (prompt, then what was generated and read), `num_queued` have their keys and values queued or written and
     `num_computed` written for sure; `num_sampled` tokens have been sampled, read or not. What stood at admission, but for the last
-    token, is prefilled (`prefill_end` tokens); the last one goes through decode, so that sampling exists once.
+    token, is prefilled (`prefill_end` tokens); the last one goes through decode, or is the end of a chunk that samples.
     `table[i]` is the block of tokens 32 i … 32 i + 31, `digests[i]` its name once it is full.
     """
 
@@ -151,7 +151,8 @@ class Sequence:
 
     @property
     def wants_decode(self) -> bool:
-        return not self.finished and self.num_computed >= self.prefill_end and self.num_sampled < self.spec.max_tokens
+        is_prefilled = self.num_computed >= self.prefill_end or self.num_queued > self.prefill_end
+        return not self.finished and is_prefilled and self.num_sampled < self.spec.max_tokens
 
     @property
     def last_token(self) -> int:

@@ -30,6 +30,7 @@ class QueuedPass:
 
     made: list[mx.array]
     caches: list[Any] | None = None
+    logits = None  # no chunk of these samples
 
     def arrays(self) -> list[mx.array]:
         return self.made
@@ -41,6 +42,7 @@ class SingleCache:
     name = "single"
     max_rows: int | None = 1
     pads_rows = False
+    takes_unread = False
     needs_states = True
     host_bytes = 0
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_manager.inference.engine import cpu_math
+from mlx_manager.inference.engine import cpu_math, head
 from mlx_manager.inference.engine.attention import AttendingCache, GivingCache, Sight
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.cache_layout import (
@@ -323,10 +323,12 @@ class Buffer:
 
 @dataclass(slots=True)
 class QueuedChunk:
-    """Keys and values of a stretch of a prompt that are being computed. `states` are those at its end, where a block ends there."""
+    """Keys and values of a stretch of a prompt that are being computed. `states` are those at its end, where a block ends there; `logits`
+    [1, V] of its last token, if it samples."""
 
     made: list[mx.array]
     states: list[State] | None = None
+    logits: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
         return self.made
@@ -353,6 +355,7 @@ class SlotCache:
 
     max_rows: int | None = None
     pads_rows = True
+    takes_unread = False
 
     def __init__(self, model: Any, handle: type[SplitCache | GatheringCache] = SplitCache) -> None:
         self._model = model
@@ -423,13 +426,13 @@ class SlotCache:
     # ---- passes
 
     def prefill(self, chunks: Items[Chunk]) -> list[QueuedChunk]:
-        """Queues the keys and values of stretches of prompts, in as few passes as pays; no logits are computed."""
+        """Queues the keys and values of stretches of prompts, in as few passes as pays, and the logits of those that sample."""
         if self.needs_states or not issubclass(self._handle, AttendingCache):
-            return [self._prefill(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
+            return [self._prefill(chunk) for chunk in chunks]
         queued: dict[Chunk, QueuedChunk] = {}
         for group in together(chunks):
             if len(group) == 1:
-                queued[group[0]] = self._prefill(group[0].sequence, group[0].start, group[0].stop)
+                queued[group[0]] = self._prefill(group[0])
             else:
                 queued |= self._prefill_together(group)
         return [queued[chunk] for chunk in chunks]
@@ -442,14 +445,22 @@ class SlotCache:
         positions = mx.array([chunk.start for chunk in group], dtype=mx.int32)
         of_rows = [self._prefilling[chunk.sequence] for chunk in group]
         layers = [PrefillRows(list(caches), lengths, positions) for caches in zip(*of_rows, strict=True)]
-        self._run(mx.array(tokens), layers, [])
-        return {chunk: QueuedChunk([a for cache in caches for a in cache.parts[-1]]) for chunk, caches in zip(group, of_rows, strict=True)}
+        with head.only([length - 1 for length in lengths] if any(chunk.samples for chunk in group) else None):
+            logits = self._run(mx.array(tokens), layers, [])
+        queued: dict[Chunk, QueuedChunk] = {}
+        for row, (chunk, caches) in enumerate(zip(group, of_rows, strict=True)):
+            made = [a for cache in caches for a in cache.parts[-1]]
+            queued[chunk] = QueuedChunk(made, logits=logits[row : row + 1, -1] if chunk.samples else None)
+        return queued
 
-    def _prefill(self, sequence: Sequence, start: int, stop: int) -> QueuedChunk:
+    def _prefill(self, chunk: Chunk) -> QueuedChunk:
+        sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
         caches, states = self._prefilling[sequence], self._states.of(sequence)
-        self._run(prompt_inputs(self._model, sequence, start, stop), caches, states)
+        with head.only([stop - start - 1] if chunk.samples else None):
+            logits = self._run(prompt_inputs(self._model, sequence, start, stop), caches, states)
         made = [a for cache in caches for a in cache.parts[-1]] + [a for cache in states for a in cache.cache if a is not None]
-        return QueuedChunk(made, self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None)
+        snapshot = self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None
+        return QueuedChunk(made, snapshot, logits[:, -1] if chunk.samples else None)
 
     def arrange(self, wanted: Items[Sequence], awaited: set[Sequence]) -> list[Sequence | None]:
         """Gives each of `wanted` a row; who stays keeps theirs if possible. `awaited` are those of whom the step under way computes

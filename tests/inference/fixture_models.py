@@ -46,10 +46,13 @@ def weights(family: str) -> Any:
     return model
 
 
+is_ahead = True
+"""Whether engines are one step ahead, as on a GPU; or read each step at once, as on a CPU."""
+
+
 def make_engine(device: Device, family: str, **limits: Any) -> Engine:
-    """An engine of its own on shared weights, its books checked at every step, one step ahead as on a GPU. Must be detached by who
-    attaches it."""
-    asked = EngineLimits(**{"check_every": 1, "ahead": True, "step_s": 10.0, "kv_bytes": 64 << 20} | limits)
+    """An engine of its own on shared weights, its books checked at every step. Must be detached by who attaches it."""
+    asked = EngineLimits(**{"check_every": 1, "ahead": is_ahead, "step_s": 10.0, "kv_bytes": 64 << 20} | limits)
     return build_engine(weights(family), device, asked, vocab_size=dialect(family).vocab_size, model_key=family)
 
 

@@ -272,6 +272,7 @@ def load_weights(
 
 
 # A gray square: 8 x 8 pixels, PNG.
+_MOST_TAILS = 64  # of the newest conversations; each takes less than a block
 _GRAY = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGNsaGhgwAaYsIoOWgkAMBcBkGHHl6YAAAAASUVORK5CYII=")
 _SHOWN = GenerationRequest("", (Conversation((Message("user", (Image(_GRAY), "What is this?")),)),), max_tokens=1)
 
@@ -310,6 +311,7 @@ def make_engine(
         needs_states=cache.needs_states,
         whole_pictures=isinstance(model, PictureModel) and model.looks_both_ways,
         samples_prompts=not cache.needs_states and (cache.takes_unread or not ahead) and head.install(model),
+        num_tails=min(_MOST_TAILS, num_blocks // 16) if cache.keeps_tails else 0,
     )
     log.info("keys and values: %s, %d blocks of %d tokens", cache.name, num_blocks - 1, BLOCK_TOKENS)
     keys = PrefixKeys(model_key, str(cache.token_bytes), adapter_key)

@@ -10,9 +10,16 @@ from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.sampling import Sampler
 from mlx_manager.inference.engine.sequence import SequenceSpec
+from tests.inference import fixture_models
 from tests.inference.fixture_models import FAMILIES, GREEDY, attached, dialect, make_engine, receive, single_run, weights, within
 
 pytestmark = pytest.mark.requirement("BATCH-01", "9.1", "P.1")
+
+
+@pytest.fixture(params=["ahead", "in turn"], autouse=True)
+def is_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(fixture_models, "is_ahead", request.param == "ahead")
+    return request.param == "ahead"
 
 
 @pytest.fixture(params=FAMILIES)

@@ -64,6 +64,7 @@ class FakeDevice:
         self.needs_states = needs_states
         self.slots: list[list[int | None]] = [[None] * BLOCK_TOKENS for _ in range(pool.num_blocks)]
         self.saved: dict[int, tuple[str, tuple[int, ...]]] = {}  # whose, and all tokens up to there
+        self.tails: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.states: dict[int, tuple[int, ...]] = {}  # a recurrent state depends on all tokens so far
         self.seen: dict[Sequence, list[int]] = {}  # the tokens whose keys and values a sequence has, in this stay
         self.stays: dict[Sequence, int] = {}
@@ -114,6 +115,10 @@ class FakeDevice:
 
     def save(self, sequence: Sequence, index: int, block: int, pending: Pending | None) -> None:
         stop = (index + 1) * BLOCK_TOKENS
+        if block < 0:
+            assert index == sequence.num_computed // BLOCK_TOKENS
+            self.tails[block] = sequence.spec.tenant, tuple(sequence.tokens[: sequence.num_computed])
+            return
         under_way = set() if self.pending is None else self.pending.written
         assert not any((block, slot) in under_way for slot in range(BLOCK_TOKENS)), "published before it is computed"
         self.saved[block] = sequence.spec.tenant, tuple(sequence.tokens[:stop])
@@ -129,11 +134,15 @@ class FakeDevice:
         self.seen.pop(sequence, None)
 
     def _admit(self, sequence: Sequence) -> None:
-        num_hits, rest = divmod(sequence.num_computed, BLOCK_TOKENS)
-        assert rest == 0
+        num_hits, in_tail = divmod(sequence.num_computed, BLOCK_TOKENS)
+        assert (in_tail > 0) == (sequence.tail is not None)
         assert sequence.num_queued == sequence.num_computed < len(sequence.tokens), "the last token is left to compute"
         hits = sequence.table[:num_hits]
         content = [token for block in hits for token in self.slots[block]]
+        if sequence.tail is not None:
+            tenant, tokens = (self.tails if sequence.tail < 0 else self.saved)[sequence.tail]
+            assert (tenant, tokens[: len(content)]) == (sequence.spec.tenant, tuple(content)), "a tail of something else"
+            content += tokens[len(content) : sequence.num_computed]
         assert content == sequence.tokens[: sequence.num_computed], "a hit holds something else"
         for index, block in enumerate(hits):
             assert self.saved[block] == (sequence.spec.tenant, tuple(content[: (index + 1) * BLOCK_TOKENS])), "this is after something else"
@@ -141,6 +150,8 @@ class FakeDevice:
             assert self.states[hits[-1]] == tuple(sequence.tokens[: sequence.num_computed])
         self._begin(sequence, num_hits)
         self.seen[sequence] = sequence.tokens[: sequence.num_computed]
+        if in_tail:
+            self.slots[sequence.table[num_hits]][:in_tail] = sequence.tokens[num_hits * BLOCK_TOKENS : sequence.num_computed]
 
     def _fork(self, fork: Fork) -> None:
         child, parent = fork.child, fork.parent
@@ -209,6 +220,7 @@ class Histories(RuleBasedStateMachine):
         step_s=st.sampled_from([0.01, 1.0, 8.0]),
         ahead=st.sampled_from([True, True, False]),
         samples_prompts=st.booleans(),
+        num_tails=st.sampled_from([0, 0, 2]),
     )
     def start(
         self,
@@ -220,10 +232,17 @@ class Histories(RuleBasedStateMachine):
         step_s: float,
         ahead: bool,
         samples_prompts: bool,
+        num_tails: int,
     ) -> None:
         max_row_tokens = None if max_row_blocks is None else max_row_blocks * BLOCK_TOKENS
         self.policy = Policy(
-            max_sequences, 10.0, max_row_tokens, max_scores, needs_states, samples_prompts=samples_prompts and not needs_states
+            max_sequences,
+            10.0,
+            max_row_tokens,
+            max_scores,
+            needs_states,
+            samples_prompts=samples_prompts and not needs_states,
+            num_tails=0 if needs_states else num_tails,
         )
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(self.pool, PrefixKeys("toy", "tokens"), self.policy)
@@ -421,6 +440,8 @@ class Histories(RuleBasedStateMachine):
         if reason is not None:
             assert (sequence.generated, reason) == alone(sequence.spec)
             self._publish(sequence, None)
+            if (tail := self.scheduler.keep_tail(sequence)) is not None:
+                self.device.save(sequence, sequence.num_computed // BLOCK_TOKENS, tail, None)
             self._drop(sequence)
             self.ended.append(sequence)
 

@@ -7,6 +7,7 @@ by a digest can be shared by any number of them, and stays findable after the la
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 BLOCK_TOKENS = 32
 NULL_BLOCK = 0  # holds no tokens; unused entries of a block table point at it
@@ -45,6 +46,7 @@ class BlockPool:
         self._num_refs = [0] * num_blocks
         self._content: dict[int, Content] = {}
         self._by_digest: dict[Digest, int] = {}
+        self._after: dict[Digest, dict[int, None]] = {}  # the blocks that come after a prefix, the newest last
         self._cached: OrderedDict[int, None] = OrderedDict()
 
     def forget_nothing(self) -> None:
@@ -89,6 +91,10 @@ class BlockPool:
             return None  # two contents with one digest are not to be expected, and must not answer for each other
         return block
 
+    def after(self, parent: Digest, most: int) -> list[tuple[int, tuple[int, ...]]]:
+        """The newest findable blocks that come after a prefix, with their tokens."""
+        return [(block, self._content[block].tokens) for block in islice(reversed(self._after.get(parent, {})), most)]
+
     def content(self, block: int) -> Content | None:
         return self._content.get(block)
 
@@ -125,6 +131,7 @@ class BlockPool:
             self._free_cached(known)
         self._content[block] = content
         self._by_digest[content.digest] = block
+        self._after.setdefault(content.parent, {})[block] = None
         return True
 
     def is_shared(self, block: int) -> bool:
@@ -164,6 +171,10 @@ class BlockPool:
         self.on_forget(block, content)
         del self._content[block]
         del self._by_digest[content.digest]
+        siblings = self._after[content.parent]
+        del siblings[block]
+        if not siblings:
+            del self._after[content.parent]
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Every reference is an entry of a table, and every block is in exactly one state. Raises `AssertionError`."""
@@ -179,5 +190,6 @@ class BlockPool:
         assert held | free | cached == set(range(1, self.num_blocks)), "a block is lost"
         assert len(held) + len(free) + len(cached) == self.num_usable, "a block is in two states"
         assert {d: b for b, d in ((b, c.digest) for b, c in self._content.items())} == self._by_digest, "digests do not match blocks"
+        assert {b: c.parent for b, c in self._content.items()} == {b: p for p, blocks in self._after.items() for b in blocks}
         assert cached <= set(self._content), "a cached block cannot be found"
         assert not free & set(self._content), "a free block can be found"

@@ -69,7 +69,8 @@ class ForwardPasses(Protocol):
 
 @dataclass(slots=True)
 class Counters:
-    """What the engine has done since it started; written on the device thread, read anywhere."""
+    """What the engine has done since it started; written on the device thread, read anywhere. The last token of a prompt counts as one
+    that is decoded."""
 
     decode_steps: int = 0
     decoded_tokens: int = 0
@@ -310,6 +311,8 @@ class Engine:
         def drop() -> None:
             pool = self._scheduler.pool
             pool.evict(pool.num_cached)
+            for tail in self._scheduler.forget_tails():
+                self._runner.drop(tail)
             self._note_memory()
 
         self._device.post(drop)
@@ -423,7 +426,7 @@ class Engine:
 
     def _plan(self, budget: int) -> Plan:
         plan = self._scheduler.plan(time.monotonic(), budget)
-        self.counters.prefilled_tokens += sum(chunk.stop - chunk.start for chunk in plan.prefill)
+        self.counters.prefilled_tokens += sum(chunk.stop - chunk.start - chunk.samples for chunk in plan.prefill)
         self.counters.cached_tokens += sum(s.num_computed for s in plan.admitted) + sum(f.child.num_computed for f in plan.forks)
         return plan
 
@@ -484,6 +487,8 @@ class Engine:
         if reason is not None:
             # What it has computed stays findable: the next turn of a conversation begins with it.
             self._publish(sequence, None)
+            if (tail := self._scheduler.keep_tail(sequence)) is not None:
+                self._runner.save(sequence, sequence.num_computed // BLOCK_TOKENS, tail, None)
             self._drop(sequence)
             self._deliveries.append((stream, Ended(sequence.index, reason, sequence.timing())))
 

@@ -194,6 +194,7 @@ class PagedCache:
     max_rows: int | None = None
     pads_rows = False
     takes_unread = True
+    keeps_tails = False  # on a GPU a few tokens more or less make no difference to a pass
     host_bytes = 0
 
     def __init__(self, model: Any, attention: PagedAttention, num_blocks: int) -> None:

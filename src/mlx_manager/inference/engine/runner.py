@@ -41,7 +41,8 @@ class KVCache(Protocol):
     """Where keys and values are kept: `PagedCache`, `SlotCache`, `SingleCache`. All of it happens on the device thread.
 
     `max_rows` decode together at most (None: as many as there are places); `pads_rows`: rows cost as much as the longest of them;
-    `takes_unread`: a row may come in while its prompt is still being computed.
+    `takes_unread`: a row may come in while its prompt is still being computed; `keeps_tails`: what `save` is given may be less than a
+    block, and a sequence may go on from it.
     """
 
     @property
@@ -52,6 +53,8 @@ class KVCache(Protocol):
     def pads_rows(self) -> bool: ...
     @property
     def takes_unread(self) -> bool: ...
+    @property
+    def keeps_tails(self) -> bool: ...
     @property
     def needs_states(self) -> bool: ...
     @property

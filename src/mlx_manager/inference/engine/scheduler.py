@@ -14,6 +14,9 @@ from mlx_manager.inference.engine import prefix
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Content, Digest
 from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.sequence import Sequence
+from mlx_manager.inference.engine.tails import Tails, num_alike
+
+_MOST_BEGINNINGS = 32  # of blocks that are compared with what a newcomer goes on with
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Policy:
     and values, so chunks end where blocks end, and a prefix can be resumed only there. The chunks of a step take `max_pass_bytes` at most,
     by what they `cost`. `whole_pictures`: what stands for a picture looks at all of it, so no chunk ends inside one. `samples_prompts`:
     the last chunk of a prompt may be one that samples; otherwise, and where others begin with the very same prompt, that is for the
-    decoding step which comes after it.
+    decoding step which comes after it. So many `num_tails` are kept of sequences that ended within a block.
     """
 
     max_sequences: int = 32
@@ -87,6 +90,7 @@ class Policy:
     max_pass_bytes: int | None = None
     whole_pictures: bool = False
     samples_prompts: bool = False
+    num_tails: int = 0
 
 
 class Scheduler:
@@ -99,6 +103,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._keys = keys
+        self._tails = Tails(policy.num_tails)
         self._roots: dict[str, Digest] = {}
         self._being_computed: dict[Digest, Sequence] = {}  # blocks of prompts that somebody is at: others wait for them
 
@@ -144,6 +149,8 @@ class Scheduler:
         preempted: list[Sequence] = []
         self._grow(now, preempted)
         admitted, forks = self._admit(now, preempted)
+        for sequence in admitted:  # nothing is given away any more: what is found now is there when the plan is carried out
+            self._lay_tail(sequence, now)
         prefill = self._hand_out(now, prefill_budget)
         return Plan(tuple(preempted), tuple(admitted), tuple(forks), tuple(s for s in self.running if s.wants_decode), tuple(prefill))
 
@@ -316,6 +323,10 @@ class Scheduler:
     def _name(self, sequence: Sequence) -> None:
         prefix.extend(sequence.digests, sequence.tokens, self._root(sequence))
 
+    def _before(self, sequence: Sequence, block: int) -> Digest:
+        """What stands for all that comes before a block of it."""
+        return sequence.digests[block - 1] if block else self._root(sequence)
+
     def _root(self, sequence: Sequence) -> Digest:
         tenant = sequence.spec.tenant
         if tenant not in self._roots:
@@ -333,6 +344,7 @@ class Scheduler:
         sequence.num_queued = sequence.num_computed = len(hits) * BLOCK_TOKENS
         sequence.num_published = len(hits)
         sequence.prefill_end = len(sequence.tokens) - 1
+        sequence.tail = None
         if sequence.admitted is None:
             sequence.admitted = now
             sequence.num_cached = sequence.prefill_end if is_fork else sequence.num_computed
@@ -341,6 +353,22 @@ class Scheduler:
             sequence.waiting_since = None
         self.waiting.remove(sequence)
         self.running.append(sequence)
+
+    def _lay_tail(self, sequence: Sequence, now: float) -> None:
+        """It goes on within a block, if there is a beginning of it to be had."""
+        if not self.policy.num_tails:
+            return
+        before = self._before(sequence, sequence.num_published)
+        rest = sequence.tokens[sequence.num_computed : min(sequence.prefill_end, sequence.num_computed + BLOCK_TOKENS)]
+        beginnings = [*self._tails.after(before), *self.pool.after(before, _MOST_BEGINNINGS)]
+        num_common, tail = max(((num_alike(tokens, rest), name) for name, tokens in beginnings), default=(0, 0))
+        if num_common:
+            sequence.tail = tail
+            if tail < 0:
+                self._tails.use(tail)
+            sequence.num_queued = sequence.num_computed = sequence.num_computed + num_common
+            if sequence.admitted == now:
+                sequence.num_cached += num_common
 
     def _fork(self, child: Sequence, parent: Sequence) -> Fork:
         child.num_queued = child.num_computed = child.prefill_end
@@ -385,7 +413,7 @@ class Scheduler:
             digest = sequence.digests[index]
             content = Content(
                 digest,
-                sequence.digests[index - 1] if index else self._root(sequence),
+                self._before(sequence, index),
                 prefix.block_tokens(sequence.tokens, index),
                 not self.policy.needs_states or (index + 1) * BLOCK_TOKENS in resumable_at,
             )
@@ -395,6 +423,19 @@ class Scheduler:
                 del self._being_computed[digest]
         sequence.num_published = max(sequence.num_published, num_full)
         return new
+
+    def keep_tail(self, sequence: Sequence) -> int | None:
+        """What is computed of the last block of a sequence that ends can be found from now on, if it is saved under this name."""
+        if not self.policy.num_tails or not sequence.table:
+            return None
+        num_full, length = divmod(min(sequence.num_computed, len(sequence.tokens)), BLOCK_TOKENS)
+        start = num_full * BLOCK_TOKENS
+        self._name(sequence)
+        return self._tails.put(self._before(sequence, num_full), sequence.tokens[start : start + length])
+
+    def forget_tails(self) -> list[int]:
+        """Their names."""
+        return self._tails.clear()
 
     def check_integrity(self) -> None:
         """Every block is accounted for, and everybody has the blocks for what is queued. Raises `AssertionError`."""

@@ -126,6 +126,7 @@ class Sequence:
         self.prefill_end = len(spec.prompt) - 1
         self.table: list[int] = []
         self.digests: list[Digest] = []
+        self.tail: int | None = None  # goes on from a copy of this beginning of a block
         self.num_published = 0
         self.parting: set[int] = set()  # where those who wait for it go another way: a state is needed there
         self.position_shift = 0  # of what follows the pictures, which take fewer positions than tokens in some models

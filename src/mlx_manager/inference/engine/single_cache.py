@@ -42,7 +42,7 @@ class SingleCache:
     name = "single"
     max_rows: int | None = 1
     pads_rows = False
-    takes_unread = False
+    takes_unread = keeps_tails = False
     needs_states = True
     host_bytes = 0
 

@@ -357,6 +357,10 @@ class SlotCache:
     pads_rows = True
     takes_unread = False
 
+    @property
+    def keeps_tails(self) -> bool:
+        return not self.needs_states
+
     def __init__(self, model: Any, handle: type[SplitCache | GatheringCache] = SplitCache) -> None:
         self._model = model
         self._handle = handle
@@ -397,10 +401,11 @@ class SlotCache:
     def admit(self, sequence: Sequence) -> None:
         """Its first `num_computed` tokens are in its blocks."""
         num_blocks = sequence.num_computed // BLOCK_TOKENS
-        groups = [self._joined_blocks(g, sequence.table[:num_blocks]) for g in range(len(self.groups))] if num_blocks else []
+        blocks = sequence.table[:num_blocks] if sequence.tail is None else [*sequence.table[:num_blocks], sequence.tail]
+        groups = [self._joined_blocks(g, blocks, sequence.num_computed) for g in range(len(self.groups))] if blocks else []
         caches: list[PrefillCache] = []
         for layer in self._attending:
-            part = _pair(a[layer.place : layer.place + 1] for a in groups[layer.group]) if num_blocks else None
+            part = _pair(a[layer.place : layer.place + 1] for a in groups[layer.group]) if blocks else None
             caches.append(PrefillCache(layer.window, [] if part is None else [part]))
         self._prefilling[sequence] = caches
         self._states.begin(sequence, sequence.table[num_blocks - 1] if num_blocks else None)
@@ -513,8 +518,8 @@ class SlotCache:
     # ---- blocks
 
     def save(self, sequence: Sequence, index: int, block: int, chunk: QueuedChunk | None) -> None:
-        """Copies tokens 32 index … of a sequence, which have been computed, to where others find them."""
-        start, stop = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
+        """Copies tokens 32 index … of a sequence, as far as they have been computed, to where others find them."""
+        start, stop = index * BLOCK_TOKENS, min((index + 1) * BLOCK_TOKENS, sequence.num_computed)
         row = self._row_of.get(sequence)
         if row is not None:
             self._blocks[block] = [buffer.read(row, start, stop) for buffer in self._buffers]
@@ -546,8 +551,8 @@ class SlotCache:
         attend, state = iter(attending), iter(states)
         return self._model(inputs, cache=[next(state) if layer.keeps_state else next(attend) for layer in self.layers])
 
-    def _joined_blocks(self, group: int, blocks: list[int]) -> KeysValues:
-        both = (np.concatenate([self._blocks[b][group][i] for b in blocks], axis=2) for i in (0, 1))
+    def _joined_blocks(self, group: int, blocks: list[int], num_tokens: int) -> KeysValues:
+        both = (np.concatenate([self._blocks[b][group][i] for b in blocks], axis=2)[:, :, :num_tokens] for i in (0, 1))
         return _pair(device_array(a, self.groups[group].dtype) for a in both)
 
     def _move_in(self, sequence: Sequence, row: int) -> None:

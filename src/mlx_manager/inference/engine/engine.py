@@ -231,6 +231,7 @@ class Engine:
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._pending: PendingStep | None = None
         self._num_hurried = 0
+        self._has_prefilled = False  # in the turn before
         self._queued_at = 0.0  # when the pending step was queued
         self._read_at = 0.0  # when the step before had been read: the device began with the pending one then, or when it was queued
         self._note_memory()
@@ -409,11 +410,14 @@ class Engine:
         self._queued_at = queued_at
 
     def _in_turn(self) -> None:
-        """Computes prompts, then decodes, those included whose prompts are complete now."""
-        plan = self._plan(self._budget())
+        """Computes prompts and decodes, a pass a turn: who is urgent and comes during the one goes before the other."""
+        budget = self._urgent_budget()
+        if budget is None:
+            budget = 0 if self._has_prefilled else self._usual_budget()
+        plan = self._plan(budget)
+        self._has_prefilled = bool(plan.prefill)
         if plan.prefill:
-            self._run(replace(plan, decode=()))
-            plan = self._plan(0)
+            plan = replace(plan, decode=())
         if not plan.is_empty:
             self._run(plan)
 
@@ -431,20 +435,37 @@ class Engine:
         return plan
 
     def _budget(self) -> int:
-        """Prompt tokens for the next step. Where somebody waits for a first token who is more urgent than all who decode, the step is for
-        that prompt alone: what others would have computed beside it is what it would wait for. Now and then they get on all the same."""
-        scheduler = self._scheduler
-        starting = [s for s in scheduler.running if s.first_token is None or s.num_prefill_left]
-        if len(scheduler.running) < scheduler.policy.max_sequences:
-            starting += scheduler.waiting
-        decoding = [s.urgency for s in scheduler.running if s.wants_decode and s.first_token is not None]
+        """Prompt tokens for the next step."""
+        urgent = self._urgent_budget()
+        return self._usual_budget() if urgent is None else urgent
+
+    def _urgent_budget(self) -> int | None:
+        """Where somebody waits for a first token who is more urgent than all who decode, the step is for that prompt alone: what others
+        would have computed beside it is what it would wait for. Now and then they get on all the same."""
+        starting, decoding = self._starting(), self._decoding()
         most = min((s.urgency for s in starting), default=0)
-        if decoding and most < min(decoding) and self._num_hurried < _MOST_HURRIED:
-            self._num_hurried += 1
-            return min(self._pace.max_budget, sum(s.num_prefill_left for s in starting if s.urgency == most))
-        self._num_hurried = 0
+        if not decoding or most >= min(s.urgency for s in decoding) or self._num_hurried >= _MOST_HURRIED:
+            self._num_hurried = 0
+            return None
+        self._num_hurried += 1
+        return min(self._pace.max_budget, sum(s.num_prefill_left for s in starting if s.urgency == most))
+
+    def _usual_budget(self) -> int:
+        starting = self._starting()
         in_background = all(s.urgency == URGENCY["low"] for s in starting)
-        return self._pace.budget(num_decoding=len(decoding), num_prefilling=len(starting), in_background=in_background)
+        return self._pace.budget(num_decoding=len(self._decoding()), num_prefilling=len(starting), in_background=in_background)
+
+    def _starting(self) -> list[Sequence]:
+        """Those who wait for a first token, and may get a place."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        starting = [s for s in running if s.first_token is None or s.num_prefill_left]
+        if len(running) < self._scheduler.policy.max_sequences:
+            return starting + waiting
+        least = max(s.urgency for s in running)
+        return starting + [s for s in waiting if s.urgency < least]
+
+    def _decoding(self) -> list[Sequence]:
+        return [s for s in self._scheduler.running if s.wants_decode and s.first_token is not None]
 
     def _is_awaited(self, pending: PendingStep) -> bool:
         """Whether a step completes the prompt of somebody more urgent than all whose tokens it makes: the next step is for the first token

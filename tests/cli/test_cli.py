@@ -200,6 +200,8 @@ def test_a_benchmark_model_is_made_and_listed_and_not_written_over(home: dict[st
         (["--model", "m", "--peer", "mlx-lm"], "need --model-dir"),
         (["--model", "m", "--ceiling"], "need --model-dir"),
         (["--model", "m", "--peer", "other", "--model-dir", "."], "the peers are mlx-lm, mlx-vlm, vllm-mlx"),
+        (["--scenario", "pool"], "needs --model-dir"),
+        (["--scenario", "pool", "--scenario", "join", "--model-dir", "."], "measured alone"),
         (["--model", "m", "--scenario", "joining"], "the scenarios are served, join, stall"),
         (["--model", "m", "--scenario", "join:probes=0"], "join takes load=N"),
     ],

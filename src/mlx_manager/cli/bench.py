@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Prefix = Literal["unique", "shared"]
 SUBJECT = "mlx-manager"
 SERVED = "served"
+POOL = "pool"
+CYCLES = 50  # of loading, using and unloading
 
 
 def bench(
@@ -31,7 +33,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME[:FIELD=N,…]",
-            help="What to measure: served, join, stall, shared-prefix, overhead, prefix-hit, priority; can be repeated; without it served.",
+            help="What to measure: served, join, stall, shared-prefix, overhead, prefix-hit, priority; can be repeated; without it served. "
+            "Or pool alone: loading and unloading, with --model-dir and without a server.",
         ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompts that are made up.")] = 128,
@@ -57,7 +60,7 @@ def bench(
     ] = None,
     ceiling: Annotated[bool, typer.Option("--ceiling", help="Measure mlx-lm's batch loop without a server in turn.")] = False,
     model_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", exists=True, file_okay=False, help="The model, for --peer and --ceiling.")
+        Path | None, typer.Option(metavar="DIR", exists=True, file_okay=False, help="The model, for --peer, --ceiling and the pool.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every observation there.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the tables there.")] = None,
@@ -72,6 +75,12 @@ def bench(
     if make_model is not None:
         _make_model(*make_model)
         return
+    for file in (json_file, markdown_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            fail(f"There is no folder {file.absolute().parent} to write {file.name} to.", USAGE)
+    if POOL in (scenario or ()):
+        _measure_pool(scenario or [], model_dir, repeats, limit_s, json_file, markdown_file)
+        return
     if model is None:
         fail("--model is missing: the model to ask for, as the server calls it.", USAGE)
     if (peer or ceiling) and model_dir is None:
@@ -82,9 +91,6 @@ def bench(
     from mlx_manager.bench.results import Target, Workload
     from mlx_manager.bench.scenarios import parsed
 
-    for file in (json_file, markdown_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            fail(f"There is no folder {file.absolute().parent} to write {file.name} to.", USAGE)
     key = configured().api_key
     try:
         subject = Target(SUBJECT, url, model, api_key=key.get_secret_value() if key else None)
@@ -129,6 +135,30 @@ class Started(NamedTuple):
     """(what, with which Python)."""
     ceiling: bool
     model_dir: Path | None
+
+
+def _measure_pool(
+    scenarios: list[str], model_dir: Path | None, repeats: int, limit_s: float, json_file: Path | None, markdown_file: Path | None
+) -> None:
+    from mlx_manager.bench.pool_cost import measure_pool
+    from mlx_manager.bench.processes import PeerError
+
+    if scenarios != [POOL]:
+        fail("--scenario pool is measured alone: it needs no server, and the others do.", USAGE)
+    if model_dir is None:
+        fail("--scenario pool needs --model-dir: the folder of the model that is loaded and unloaded.", USAGE)
+    try:
+        with errors().status(f"loading and unloading {model_dir.name} …"):
+            cost = measure_pool(model_dir, num_cold=repeats, num_cycles=CYCLES, limit_s=limit_s)
+    except PeerError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("Stopped: nothing is reported of half a comparison.", INTERRUPTED)
+    say(cost.markdown())
+    if json_file is not None:
+        json_file.write_text(cost.model_dump_json(indent=2), encoding="utf-8")
+    if markdown_file is not None:
+        markdown_file.write_text(cost.markdown(), encoding="utf-8")
 
 
 def _make_model(shape: str, folder: Path) -> None:

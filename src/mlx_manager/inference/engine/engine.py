@@ -326,9 +326,9 @@ class Engine:
             num_found, num_cached = self._scheduler.look_up(sequence)
             return explain(
                 spec.prompt,
-                num_cached=num_cached * BLOCK_TOKENS,
-                num_found=num_found * BLOCK_TOKENS,
-                num_on_disk=len(self._on_disk(sequence, num_found)) * BLOCK_TOKENS,
+                num_cached=num_cached,
+                num_found=num_found,
+                num_on_disk=len(self._on_disk(sequence, num_found // BLOCK_TOKENS)) * BLOCK_TOKENS,
                 recent=self._recent.of(spec.tenant),
                 running=[s.tokens for s in self._scheduler.running if s.spec.tenant == spec.tenant],
             )
@@ -574,7 +574,7 @@ class Engine:
         outside of the scheduler until all have come."""
         if self._disk is None:
             return False
-        start, _ = self._scheduler.look_up(sequence)
+        start = self._scheduler.look_up(sequence)[0] // BLOCK_TOKENS
         digests = self._on_disk(sequence, start)
         read_s, compute_s = self._runner.block_bytes / _DISK_BYTES_PER_S, BLOCK_TOKENS * (self._pace.prefill_s or 1.0)
         if not digests or read_s > compute_s:

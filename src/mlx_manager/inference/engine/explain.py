@@ -68,10 +68,10 @@ def explain(
     position = max(position, 0)
     wanted = (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
     reason: Reason
-    if wanted == 0:
-        reason = "short"
-    elif num_cached == wanted:
+    if num_cached >= max(wanted, 1):
         reason = "all"
+    elif wanted == 0:
+        reason = "short"
     elif num_found > num_cached:
         reason = "state"
     elif position >= num_cached + BLOCK_TOKENS:

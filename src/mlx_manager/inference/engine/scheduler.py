@@ -138,9 +138,10 @@ class Scheduler:
         return [s for s in (*self.running, *self.waiting) if s.spec.deadline is not None and s.spec.deadline <= now]
 
     def look_up(self, sequence: Sequence) -> tuple[int, int]:
-        """How many blocks of its beginning can be found, and how many of these can be used."""
+        """How many tokens of its beginning can be found in blocks, and how many it can go on from."""
         found = self._found(sequence)
-        return len(found), self._num_resumable(found)
+        num_usable = self._num_resumable(found)
+        return len(found) * BLOCK_TOKENS, num_usable * BLOCK_TOKENS + self._beginning(sequence, num_usable)[0]
 
     # ---- one step
 
@@ -356,12 +357,7 @@ class Scheduler:
 
     def _lay_tail(self, sequence: Sequence, now: float) -> None:
         """It goes on within a block, if there is a beginning of it to be had."""
-        if not self.policy.num_tails:
-            return
-        before = self._before(sequence, sequence.num_published)
-        rest = sequence.tokens[sequence.num_computed : min(sequence.prefill_end, sequence.num_computed + BLOCK_TOKENS)]
-        beginnings = [*self._tails.after(before), *self.pool.after(before, _MOST_BEGINNINGS)]
-        num_common, tail = max(((num_alike(tokens, rest), name) for name, tokens in beginnings), default=(0, 0))
+        num_common, tail = self._beginning(sequence, sequence.num_published)
         if num_common:
             sequence.tail = tail
             if tail < 0:
@@ -369,6 +365,15 @@ class Scheduler:
             sequence.num_queued = sequence.num_computed = sequence.num_computed + num_common
             if sequence.admitted == now:
                 sequence.num_cached += num_common
+
+    def _beginning(self, sequence: Sequence, num_blocks: int) -> tuple[int, int]:
+        """How many tokens that follow these blocks can be had from the beginning of another, and its name."""
+        if not self.policy.num_tails:
+            return 0, 0
+        before, start = self._before(sequence, num_blocks), num_blocks * BLOCK_TOKENS
+        rest = sequence.tokens[start : min(len(sequence.tokens) - 1, start + BLOCK_TOKENS)]
+        beginnings = [*self._tails.after(before), *self.pool.after(before, _MOST_BEGINNINGS)]
+        return max(((num_alike(tokens, rest), name) for name, tokens in beginnings), default=(0, 0))
 
     def _fork(self, child: Sequence, parent: Sequence) -> Fork:
         child.num_queued = child.num_computed = child.prefill_end

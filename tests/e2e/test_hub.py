@@ -129,6 +129,15 @@ def test_a_model_of_lm_studio_answers_by_its_name_and_is_deleted_only_unloaded_a
         assert model not in {m.id for m in client.models.list()}
 
 
+def test_what_comes_with_the_program_is_not_deleted_in_use_or_not(server: Running, http: httpx2.Client) -> None:
+    for use in (False, True):
+        if use:
+            with server.openai() as client:
+                client.completions.create(model="starter", prompt="Hello", max_tokens=1)
+        told = http.get("/api/models/starter/deletion")
+        assert (told.status_code, "comes with MLX Manager" in told.json()["detail"]) == (409, True)
+
+
 @pytest.mark.parametrize("id", ["../etc", "..%2f..%2fetc", "/etc/passwd", "starter/../../x", "%2e%2e/x", "mine/..", "a%00b"])
 def test_a_name_never_becomes_a_path(http: httpx2.Client, id: str) -> None:
     for reply in (http.get(f"/api/models/{id}/deletion"), http.delete(f"/api/models/{id}?confirmation=x")):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_manager.core.errors import EngineFault, ModelLoadFailed, ModelNotFound
+from mlx_manager.core.errors import Conflict, EngineFault, ModelLoadFailed, ModelNotFound
 from mlx_manager.hub.checkpoint import Checkpoint, read
 from mlx_manager.hub.local import find_models
 from mlx_manager.inference.engine.device import Device
@@ -144,6 +144,16 @@ async def test_models_that_are_put_there_or_taken_away_are_noticed(device: Devic
     await pool.refresh()
     assert [status.checkpoint.id for status in pool.statuses()] == ["tiny"], "what is loaded stays"
     await within(borrow(pool))
+
+
+async def test_a_model_whose_files_are_about_to_go_is_not_loaded(device: Device, models: Path) -> None:
+    pool = pool_of(device, models)
+    with pool.withheld("tiny"), pytest.raises(Conflict, match="is being deleted"):
+        await within(borrow(pool))
+    assert state(pool) == "cold"
+    await within(borrow(pool))
+    with pytest.raises(Conflict, match="unload it first"), pool.withheld("tiny"):
+        pass
 
 
 async def test_what_a_model_reads_and_writes_is_known_without_its_weights(device: Device, models: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from mlx_manager.core.errors import (
+    Conflict,
     EngineFault,
     InvalidField,
     MLXManagerError,
@@ -167,6 +168,7 @@ class Pool:
         self._weights = SharedWeights()
         self._at_work: asyncio.Task[Any] | None = None  # the load that has its turns on the device
         self._entries: dict[str, AnyEntry] = {}
+        self._withheld: set[str] = set()  # nobody is to load these
         self._waiting: set[asyncio.Future[str]] = set()  # one for each who waits for a load; its result ends the wait
         self._places: list[_Place] = []
         self._numbers = count()
@@ -320,6 +322,21 @@ class Pool:
             self._evict(entry, "asked")
         if entry.leaver is not None:
             await asyncio.wait({entry.leaver})
+
+    @contextmanager
+    def withheld(self, base_id: str) -> Generator[None]:
+        """Nobody gets a model meanwhile, nor one with an adapter on it: its files are about to go. Raises `Conflict` if it is in memory, or
+        on its way there."""
+        for status in self.statuses():
+            if status.checkpoint.base_id == base_id and status.state not in ("cold", "failed"):
+                raise Conflict(
+                    f"The model '{status.checkpoint.id}' is {status.state}: unload it first.", param="model", code="model_in_use"
+                )
+        self._withheld.add(base_id)
+        try:
+            yield
+        finally:
+            self._withheld.discard(base_id)
 
     async def configure(
         self, model_id: str, *, pinned: bool | None, keep_alive_s: float | Literal["default", "same"] | None = "same"
@@ -487,6 +504,8 @@ class Pool:
         queued_until = time.monotonic() + self._policy.memory_wait_s
         while entry.hot is None:
             if entry.loading is None:
+                if entry.checkpoint.base_id in self._withheld:
+                    raise Conflict(f"The model '{entry.checkpoint.id}' is being deleted.", param="model", code="model_in_use")
                 entry.phase = "loading"
                 entry.loading = asyncio.create_task(self._load(entry))
                 entry.loading.add_done_callback(_seen)

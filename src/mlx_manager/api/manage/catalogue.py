@@ -1,6 +1,8 @@
 """What lies on this machine, usable or not, and what is deleted from it."""
 
 import asyncio
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -106,14 +108,16 @@ async def catalogue(wanted: Annotated[Filters, Query()], services: ServicesDep) 
 @router.get("/api/models/{model_id:path}/deletion")
 async def deletion(model_id: str, which: Annotated[Which, Query()], services: ServicesDep) -> DeletionView:
     """What deleting it would remove and set free. 409 with the reason for what is not deleted."""
-    model = await _deletable(services, model_id)
-    return DeletionView.of(await asyncio.to_thread(plan, model, Places.of(services.config), which.revision))
+    model = await _found(services, model_id)
+    told = await asyncio.to_thread(plan, model, Places.of(services.config), which.revision)
+    with _withheld(services, model_id):
+        return DeletionView.of(told)
 
 
 @router.delete("/api/models/{model_id:path}")
 async def delete(model_id: str, confirmed: Annotated[Confirmed, Query()], services: ServicesDep) -> DeletionView:
     """Deletes a model's files, if what would go is what was told with the `confirmation`. 409 for one that is loaded: unload it first."""
-    model = await _deletable(services, model_id)
+    model = await _found(services, model_id)
     places = Places.of(services.config)
     if confirmed.confirmation is None:
         told = await asyncio.to_thread(plan, model, places, confirmed.revision)
@@ -123,24 +127,29 @@ async def delete(model_id: str, confirmed: Annotated[Confirmed, Query()], servic
             param="confirmation",
             code="confirmation_required",
         )
-    done = await asyncio.to_thread(carry_out, model, places, confirmed.confirmation, confirmed.revision)
+    with _withheld(services, model_id):
+        done = await asyncio.to_thread(carry_out, model, places, confirmed.confirmation, confirmed.revision)
     await services.downloads.forget(model_id)
     await services.pool.refresh()
     return DeletionView.of(done)
 
 
-async def _deletable(services: Services, model_id: str) -> Checkpoint | UnusableModel:
-    """Raises `ModelNotFound`, and `Conflict` for one that is in use or on its way."""
+async def _found(services: Services, model_id: str) -> Checkpoint | UnusableModel:
+    """Raises `ModelNotFound`."""
     found = await asyncio.to_thread(all_models, services.config)
     model = found.find(model_id)
     if model is None:
         raise ModelNotFound(model_id, [one.id for one in found.models])
-    for status in services.pool.statuses():
-        if status.checkpoint.base_id == model_id and status.state not in ("cold", "failed"):
-            raise Conflict(f"The model '{status.checkpoint.id}' is {status.state}: unload it first.", param="model", code="model_in_use")
+    return model
+
+
+@contextmanager
+def _withheld(services: Services, model_id: str) -> Generator[None]:
+    """Nobody loads it meanwhile. Raises `Conflict` for one that is in use or on its way."""
     if services.downloads.of(model_id) is not None:
         raise Conflict(f"'{model_id}' is being downloaded: cancel that first.", param="model", code="model_in_use")
-    return model
+    with services.pool.withheld(model_id):
+        yield
 
 
 def _told(model: Checkpoint) -> Characteristics:

@@ -17,6 +17,7 @@ from mlx_manager.inference.engine.sequence import Sequence
 from mlx_manager.inference.engine.tails import Tails, num_alike
 
 _MOST_BEGINNINGS = 32  # of blocks that are compared with what a newcomer goes on with
+_FEWEST_ALIKE = 8  # tokens; all prompts of a model begin with a few that are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +374,8 @@ class Scheduler:
         before, start = self._before(sequence, num_blocks), num_blocks * BLOCK_TOKENS
         rest = sequence.tokens[start : min(len(sequence.tokens) - 1, start + BLOCK_TOKENS)]
         beginnings = [*self._tails.after(before), *self.pool.after(before, _MOST_BEGINNINGS)]
-        return max(((num_alike(tokens, rest), name) for name, tokens in beginnings), default=(0, 0))
+        num_common, name = max(((num_alike(tokens, rest), name) for name, tokens in beginnings), default=(0, 0))
+        return (num_common, name) if num_common >= _FEWEST_ALIKE else (0, 0)
 
     def _fork(self, child: Sequence, parent: Sequence) -> Fork:
         child.num_queued = child.num_computed = child.prefill_end

@@ -59,7 +59,7 @@ async def test_a_prompt_that_begins_like_an_earlier_one_is_computed_from_where_i
     device: Device, family: str, lot: random.Random
 ) -> None:
     engine = make_engine(device, family)
-    prefix = words(lot, 5 * BLOCK + 7)
+    prefix = words(lot, 5 * BLOCK + 9)
     first, second = asking(prefix + words(lot, 20)), asking(prefix + words(lot, 33))
     async with attached(device, engine):
         assert await same_as_alone(device, family, [first], await within(receive(engine, [first])))
@@ -80,7 +80,7 @@ async def test_the_very_same_prompt_again_computes_less_than_a_block(device: Dev
         computed = engine.counters.prefilled_tokens
         assert await same_as_alone(device, family, specs, await within(receive(engine, specs)))
     less_than_blocks = sum((len(s.prompt) - 1) % BLOCK for s in specs) + BLOCK
-    assert engine.counters.prefilled_tokens - computed <= (less_than_blocks if backend() else 0)
+    assert engine.counters.prefilled_tokens - computed <= (less_than_blocks if backend() else 4), "four are not worth a copy"
 
 
 async def test_a_tail_is_left_where_another_prompt_differs_from_it(device: Device, family: str, lot: random.Random) -> None:
@@ -97,7 +97,7 @@ async def test_a_tail_is_left_where_another_prompt_differs_from_it(device: Devic
 
 async def test_the_next_turn_begins_with_what_the_last_one_said(device: Device, family: str, lot: random.Random) -> None:
     engine = make_engine(device, family)
-    first = asking(words(lot, BLOCK + 3), max_tokens=2 * BLOCK)
+    first = asking(words(lot, BLOCK + 13), max_tokens=2 * BLOCK)
     async with attached(device, engine):
         (said,) = await within(receive(engine, [first]))
         second = asking(first.prompt + tuple(said.tokens) + words(lot, 9))

@@ -153,7 +153,10 @@ def _fairness_notes(results: Results) -> list[str]:
         if (share := results.share_of_ceiling(target, workload)) is not None and share.median > ABOVE_CEILING
     ]
     if above:
-        said.append(f"Above the ceiling: {', '.join(above)}. Other work disturbed this run, or the model differs: take no shares from it.")
+        said.append(
+            f"Above the ceiling: {', '.join(above)}. On a CPU mlx-manager can be, as it does not compute all that mlx-lm's way; "
+            "else other work disturbed this run, or the model differs: take no shares from it."
+        )
     if results.ceiling:
         said.append("The ceiling is mlx-lm's batch generator with the same prompts, in a process without HTTP.")
     if peers:

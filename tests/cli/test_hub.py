@@ -62,7 +62,14 @@ def test_without_a_hub_a_search_is_a_sentence(home: dict[str, str], hub: HubServ
 
 def test_a_model_is_pulled_without_a_server_interrupted_and_gone_on_with(home: dict[str, str], hub: HubServer) -> None:
     hub.bytes_per_s = 500_000
-    process = subprocess.Popen([*COMMAND, "pull", MODEL], env=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "pull", MODEL],
+        env=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs the tests in the background has it ignored
+    )
     deadline = time.monotonic() + WAIT_S
     while not part(home).exists() or part(home).stat().st_size == 0:
         assert time.monotonic() < deadline

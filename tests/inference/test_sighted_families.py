@@ -209,7 +209,8 @@ async def test_a_second_turn_finds_the_first_and_shows_another_picture(device: D
         assert engine.counters.cached_tokens >= before + 32
         found = engine.counters.cached_tokens
         (another,) = await within(receive(engine, [spec(*other)]))
-        assert engine.counters.cached_tokens - found <= 28, "its picture is in its first block"
+        before_picture = 0 if family == "qwen3_5" else 28  # whose layers keep states, which stand for whole blocks
+        assert engine.counters.cached_tokens - found == before_picture
     assert began.tokens == said
     assert [went_on.tokens, another.tokens] == expected
     assert another.tokens != said

@@ -1,4 +1,5 @@
-from mlx_manager.inference.engine.tails import Tails, num_alike
+from mlx_manager.inference.engine.prefix import num_alike
+from mlx_manager.inference.engine.tails import Tails
 
 
 def test_tails_are_found_after_their_prefix_alone() -> None:

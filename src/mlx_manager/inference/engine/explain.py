@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
+from mlx_manager.inference.engine.prefix import num_alike
 
 Reason = Literal["all", "short", "new", "differs", "continues", "evicted", "computing", "state"]
 
@@ -63,7 +64,7 @@ def explain(
     closest: Sequence[int] = ()
     position = -1
     for other in [*running, *recent]:
-        if (common := _common(tokens, other)) > position:
+        if (common := num_alike(tokens, other)) > position:
             closest, position = other, common
     position = max(position, 0)
     wanted = (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
@@ -82,16 +83,3 @@ def explain(
         reason = "continues" if position == len(closest) else "differs"
     window = slice(position, position + 16)
     return Explanation(len(tokens), num_cached, num_on_disk, reason, position, tuple(tokens[window]), tuple(closest[window]))
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    limit = min(len(one), len(other))
-    low = 0
-    while low < limit:  # stretches at a time: comparing slices is fast
-        step = min(1024, limit - low)
-        if tuple(one[low : low + step]) == tuple(other[low : low + step]):
-            low += step
-        else:
-            return next(i for i in range(low, limit) if one[i] != other[i])
-    return limit

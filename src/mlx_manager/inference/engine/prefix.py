@@ -42,3 +42,16 @@ def extend(digests: list[Digest], tokens: Sequence[int], root: Digest) -> None:
         parent = digests[-1] if digests else root
         content = array("i", block_tokens(tokens, block)).tobytes()
         digests.append(hashlib.blake2b(parent + content, digest_size=_DIGEST_BYTES).digest())
+
+
+def num_alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    limit = min(len(one), len(other))
+    low = 0
+    while low < limit:  # stretches at a time: comparing slices is fast
+        step = min(1024, limit - low)
+        if tuple(one[low : low + step]) == tuple(other[low : low + step]):
+            low += step
+        else:
+            return next(i for i in range(low, limit) if one[i] != other[i])
+    return limit

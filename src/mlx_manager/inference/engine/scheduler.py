@@ -12,9 +12,9 @@ from itertools import takewhile
 
 from mlx_manager.inference.engine import prefix
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Content, Digest
-from mlx_manager.inference.engine.prefix import PrefixKeys
+from mlx_manager.inference.engine.prefix import PrefixKeys, num_alike
 from mlx_manager.inference.engine.sequence import Sequence
-from mlx_manager.inference.engine.tails import Tails, num_alike
+from mlx_manager.inference.engine.tails import Tails
 
 _MOST_BEGINNINGS = 32  # of blocks that are compared with what a newcomer goes on with
 _FEWEST_ALIKE = 8  # tokens; all prompts of a model begin with a few that are the same

@@ -3,9 +3,9 @@ question asked once more, or the next turn of a conversation. No tensors."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 
 from mlx_manager.inference.engine.block_pool import Digest
+from mlx_manager.inference.engine.prefix import num_alike
 
 
 class Tails:
@@ -46,8 +46,3 @@ class Tails:
         names = list(self._tails)
         self._tails.clear()
         return names
-
-
-def num_alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))

@@ -1,6 +1,6 @@
 """What an engine needs besides passes, for fakes: keys and values that nobody keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ class KeepsNothing:
 
     def start(self, pending: Any) -> None: ...
     def finish(self, pending: Any) -> None: ...
+
+    def compute(self, pending: Any) -> Iterator[None]:
+        return iter(())
 
     def save(self, sequence: Sequence, index: int, block: int, pending: Any) -> None:
         assert block in sequence.table

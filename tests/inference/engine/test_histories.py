@@ -6,7 +6,7 @@ Longer: `.venv/bin/python -m tests.inference.engine.test_histories EXAMPLES [RUL
 import sys
 import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -299,6 +299,22 @@ class Histories(RuleBasedStateMachine):
     def step_for_a_while(self, times: int, budget: int) -> None:
         self._advance_by(times, budget)
 
+    @precondition(lambda self: self.has_work and not self.ahead)
+    @rule(
+        budget=st.sampled_from([1, 20, 32, 33, 64, 200]),
+        beginning=st.integers(0, len(BEGINNINGS) - 1),
+        length=LENGTHS,
+        tail=WHICH_TAIL,
+        seeds=st.lists(st.integers(0, 1), min_size=1, max_size=3),
+        max_tokens=MAX_TOKENS,
+        priority=PRIORITIES,
+    )
+    def step_in_which_somebody_comes(
+        self, budget: int, beginning: int, length: int, tail: int, seeds: list[int], max_tokens: int, priority: Priority
+    ) -> None:
+        prompt = [*BEGINNINGS[beginning][:length], *TAILS[tail]] or [1]
+        self._advance(budget, lambda: self._submit(prompt, seeds, max_tokens, True, priority, "a", "", None))
+
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 99))
     def cancel(self, which: int) -> None:
@@ -381,7 +397,7 @@ class Histories(RuleBasedStateMachine):
             if self.has_work:
                 self._advance(budget)
 
-    def _advance(self, budget: int) -> None:
+    def _advance(self, budget: int, while_computing: Callable[[], None] | None = None) -> None:
         self.now += self.step_s
         for sequence in self.scheduler.expired(self.now):
             self._drop(sequence)
@@ -392,8 +408,25 @@ class Histories(RuleBasedStateMachine):
             pending, self.pending = self.pending, queued
         else:
             pending = queued
+            if queued is not None and while_computing is not None:
+                while_computing()
+                under_way = {*(row.sequence for row in queued.rows), *(chunk.sequence for chunk, _ in queued.chunks)}
+                while under_way and self._hurry(budget, under_way):
+                    pass
         if pending is not None:
             self._read(pending)
+
+    def _hurry(self, budget: int, under_way: set[Sequence]) -> bool:
+        urgency = min(s.urgency for s in under_way)
+        plan = self.scheduler.plan_first_tokens(self.now, budget, urgency)
+        self._check_chunks(plan, budget)
+        assert not plan.decode
+        coming = {*plan.admitted, *(chunk.sequence for chunk in plan.prefill)}
+        assert all(s.urgency < urgency for s in coming)
+        assert not coming & under_way, "the end of its prompt before the middle"
+        if not plan.is_empty:
+            self._read(self.device.queue(plan))
+        return not plan.is_empty
 
     def _check(self, plan: Plan, budget: int) -> None:
         running, policy = self.scheduler.running, self.policy
@@ -402,26 +435,31 @@ class Histories(RuleBasedStateMachine):
         if policy.max_row_tokens is not None:
             longest = max((len(s.table) for s in running), default=0)
             assert len(running) * longest * BLOCK_TOKENS <= policy.max_row_tokens
+        self._check_chunks(plan, budget)
+        under_way = set() if self.pending is None else {chunk.sequence for chunk, _ in self.pending.chunks if not chunk.samples}
+        assert not under_way & set(plan.decode), "decoded before its prefill has been read"
+        assert not {chunk.sequence for chunk in plan.prefill} & set(plan.decode)
+        assert all(chunk.start < chunk.sequence.prefill_end for chunk in plan.prefill), "what is left decodes"
+        if plan.is_empty:  # nobody would hear of it
+            assert not plan.admitted
+            assert not plan.forks
+            assert self.pending is not None or not running, "everybody waits for nothing"
+
+    def _check_chunks(self, plan: Plan, budget: int) -> None:
+        policy = self.policy
         assert sum(chunk.stop - chunk.start - chunk.samples for chunk in plan.prefill) <= budget
         for chunk in plan.prefill:
             length = chunk.stop - chunk.start - chunk.samples
-            assert length >= 1
+            assert chunk.start < chunk.stop
             if chunk.samples:
                 assert policy.samples_prompts
                 assert chunk.stop == chunk.sequence.prefill_end + 1 == len(chunk.sequence.tokens)
             else:
                 assert chunk.stop <= chunk.sequence.prefill_end < len(chunk.sequence.tokens)
             if policy.max_scores is not None:
-                assert length == 1 or length * (chunk.stop - chunk.samples) <= policy.max_scores
+                assert length <= 1 or length * (chunk.stop - chunk.samples) <= policy.max_scores
             if policy.needs_states:
                 assert chunk.stop % BLOCK_TOKENS == 0 or chunk.stop // BLOCK_TOKENS == chunk.start // BLOCK_TOKENS
-        under_way = set() if self.pending is None else {chunk.sequence for chunk, _ in self.pending.chunks if not chunk.samples}
-        assert not under_way & set(plan.decode), "decoded before its prefill has been read"
-        assert not {chunk.sequence for chunk in plan.prefill} & set(plan.decode)
-        if plan.is_empty:  # nobody would hear of it
-            assert not plan.admitted
-            assert not plan.forks
-            assert self.pending is not None or not running, "everybody waits for nothing"
 
     def _read(self, pending: Pending) -> None:
         self.device.read(pending)

@@ -12,7 +12,7 @@ from mlx_manager.inference.engine import prefix
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Content
 from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.scheduler import Chunk, Fork, PassCost, Plan, Policy, Scheduler
-from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, TokenSampling
+from mlx_manager.inference.engine.sequence import URGENCY, Sequence, SequenceSpec, TokenSampling
 from mlx_manager.inference.picture import Picture, PlacedPicture
 
 KEYS = PrefixKeys("model", "layout")
@@ -560,6 +560,46 @@ def test_the_leader_is_as_urgent_as_the_most_urgent_who_waits_for_it() -> None:
     scheduler.add(sequence([*shared, 2], priority="high"))
     plan = step(scheduler, budget=32)
     assert [c.sequence for c in plan.prefill] == [leader]
+
+
+# ---- first tokens in the midst of a step
+
+
+LOW = URGENCY["low"]
+
+
+def test_what_comes_in_between_is_for_first_tokens_of_the_more_urgent_alone() -> None:
+    low, waiting = sequence(50, priority="low"), sequence(9, priority="low")
+    high, talking = sequence(40, priority="high"), sequence(1, 9, priority="high")
+    scheduler = scheduler_with([low, talking])
+    step(scheduler, budget=10)
+    add(scheduler, waiting, high)
+    plan = scheduler.plan_first_tokens(0.0, 100, LOW)
+    assert (plan.admitted, plan.decode, chunks(plan)) == ((high,), (), [(high, 0, 39)])
+    read(scheduler, queue(plan))
+    assert scheduler.plan_first_tokens(0.0, 100, LOW).is_empty, "its last token decodes with the others"
+
+
+def test_in_between_a_last_token_alone_samples_where_it_can() -> None:
+    one, short = sequence(1, priority="high"), sequence(30, priority="high")
+    scheduler = scheduler_with([one, short], samples_prompts=True)
+    plan = scheduler.plan_first_tokens(0.0, 1, LOW)
+    assert plan.prefill == (Chunk(one, 0, 1, samples=True), Chunk(short, 0, 1))
+    read(scheduler, queue(plan))
+    assert one.num_generated == 1
+    assert scheduler_with([sequence(1, priority="high")]).plan_first_tokens(0.0, 1, LOW).prefill == ()
+
+
+def test_who_is_in_a_step_that_is_not_read_yet_is_not_taken_on_whoever_waits_for_it() -> None:
+    """It is more urgent from then on, and its prompt would be computed twice as far."""
+    shared = tokens(64)
+    leader, high = sequence([*shared, 1], priority="low"), sequence([*shared, 2], priority="high")
+    scheduler = scheduler_with([leader])
+    under_way = queue(scheduler.plan(0.0, 20))
+    scheduler.add(high)
+    assert scheduler.plan_first_tokens(0.0, 100, LOW).is_empty
+    read(scheduler, under_way)
+    assert chunks(scheduler.plan_first_tokens(0.0, 100, LOW)) == [(leader, 20, 64)]
 
 
 # ---- copies of a prompt

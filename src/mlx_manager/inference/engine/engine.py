@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import math
+import queue
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -57,6 +59,7 @@ class ForwardPasses(Protocol):
 
     def queue(self, plan: Plan) -> PendingStep: ...
     def start(self, pending: Any) -> None: ...
+    def compute(self, pending: Any) -> Iterator[None]: ...
     def finish(self, pending: Any) -> None: ...
     def read(self, pending: Any) -> list[Token | None]: ...
     def save(self, sequence: Sequence, index: int, block: int, pending: Any) -> None: ...
@@ -160,8 +163,10 @@ class Mailbox:
             stream.deliver(item)
 
 
-# Steps in a row that are for urgent prompts alone.
+# Passes in a row that are for urgent prompts alone.
 _MOST_HURRIED = 8
+# After somebody urgent has come, others are expected for so long.
+_EXPECTED_S = 60.0
 # Of a plain SSD, so that nothing is read that is computed sooner.
 _DISK_BYTES_PER_S = 500e6
 
@@ -198,7 +203,8 @@ class Engine:
 
     One step ahead: step N + 1 is queued before the tokens of step N are read, so the device does not wait for the host.
     A sequence that turns out to have ended at N has a surplus token in N + 1, which is dropped. Where the device is the CPU there is
-    nothing to overlap (queueing a step takes as long as computing it), and tokens would only come a step later: a step is read at once.
+    nothing to overlap (queueing a step takes as long as computing it), and tokens would only come a step later: a step is read at once,
+    and stands still, between two layers, while the prompt of somebody more urgent is computed.
     """
 
     def __init__(
@@ -232,7 +238,9 @@ class Engine:
         self._pending: PendingStep | None = None
         self._num_hurried = 0
         self._has_prefilled = False  # in the turn before
-        self._queued_at = 0.0  # when the pending step was queued
+        self._arrivals: queue.SimpleQueue[tuple[tuple[Sequence, ...], TokenStream]] = queue.SimpleQueue()
+        self._last_came: dict[int, float] = {}  # when somebody of each urgency did
+        self._queued_at: float | None = 0.0  # when the pending step was queued; None: it did not have the device to itself
         self._read_at = 0.0  # when the step before had been read: the device began with the pending one then, or when it was queued
         self._note_memory()
         self.counters = Counters()
@@ -251,14 +259,8 @@ class Engine:
             Sequence(replace(spec, max_tokens=min(spec.max_tokens, room - len(spec.prompt))), index) for index, spec in enumerate(specs)
         )
         stream = TokenStream(self, sequences)
-
-        def add() -> None:
-            for sequence in sequences:
-                self._streams[sequence] = stream
-                if not self._fetch(sequence):
-                    self._scheduler.add(sequence)
-
-        if not self._device.post(add):
+        self._arrivals.put((sequences, stream))
+        if not self._device.post(self._let_in):
             stream.deliver(EngineFault("The server is shutting down."))
         return stream
 
@@ -379,6 +381,16 @@ class Engine:
         self._allocated_bytes = self._runner.allocated_bytes
         self._host_bytes = self._runner.host_bytes
 
+    def _let_in(self) -> None:
+        """Who has come since. Before a turn, or in the midst of one."""
+        while not self._arrivals.empty():
+            sequences, stream = self._arrivals.get()
+            for sequence in sequences:
+                self._last_came[sequence.urgency] = sequence.submitted
+                self._streams[sequence] = stream
+                if not self._fetch(sequence):
+                    self._scheduler.add(sequence)
+
     def _advance(self) -> None:
         now = time.monotonic()
         for sequence in self._scheduler.expired(now):
@@ -410,44 +422,73 @@ class Engine:
         self._queued_at = queued_at
 
     def _in_turn(self) -> None:
-        """Computes prompts and decodes, a pass a turn: who is urgent and comes during the one goes before the other."""
-        budget = self._urgent_budget()
-        if budget is None:
-            budget = 0 if self._has_prefilled else self._usual_budget()
-        plan = self._plan(budget)
+        """Computes prompts and decodes, a pass a turn."""
+        decoding = [s.urgency for s in self._decoding()]
+        if self._hurry(min(decoding) if decoding else max((s.urgency for s in self._starting()), default=0)):
+            return
+        self._num_hurried = 0
+        plan = self._plan(0 if self._has_prefilled else self._usual_budget())
         self._has_prefilled = bool(plan.prefill)
         if plan.prefill:
             plan = replace(plan, decode=())
         if not plan.is_empty:
             self._run(plan)
 
+    def _hurry(self, urgency: float) -> bool:
+        """A pass for the first token of who is more urgent than that, if there is somebody."""
+        budget = self._urgent_budget(urgency)
+        if budget is None:
+            return False
+        plan = self._scheduler.plan_first_tokens(time.monotonic(), max(1, budget), urgency)
+        if plan.is_empty:
+            return False
+        self._num_hurried += 1
+        self._count(plan)
+        self._run(plan)
+        return True
+
     def _run(self, plan: Plan) -> None:
         queued = self._runner.queue(plan)
         self.flush()
         self._queued_at = time.monotonic()
-        self._runner.start(queued)
+        under_way = [*(s for s in queued.rows if s is not None), *(chunk.sequence for chunk, _ in queued.chunks)]
+        if under_way and self._expects(min(s.urgency for s in under_way)):
+            for _ in self._runner.compute(queued):
+                self._let_in()
+                if self._hurry(min(s.urgency for s in under_way)):
+                    self.flush()
+                    self._queued_at = None
+        else:
+            self._runner.start(queued)
         self._read(queued)
+
+    def _expects(self, urgency: int) -> bool:
+        """Whether somebody more urgent than that is likely to come. To stop for them between layers costs a tenth of the step."""
+        now = time.monotonic()
+        return any(now - at < _EXPECTED_S for other, at in self._last_came.items() if other < urgency)
 
     def _plan(self, budget: int) -> Plan:
         plan = self._scheduler.plan(time.monotonic(), budget)
-        self.counters.prefilled_tokens += sum(chunk.stop - chunk.start - chunk.samples for chunk in plan.prefill)
-        self.counters.cached_tokens += sum(s.num_computed for s in plan.admitted) + sum(f.child.num_computed for f in plan.forks)
+        self._count(plan)
         return plan
 
+    def _count(self, plan: Plan) -> None:
+        self.counters.prefilled_tokens += sum(chunk.stop - chunk.start - chunk.samples for chunk in plan.prefill)
+        self.counters.cached_tokens += sum(s.num_computed for s in plan.admitted) + sum(f.child.num_computed for f in plan.forks)
+
     def _budget(self) -> int:
-        """Prompt tokens for the next step."""
-        urgent = self._urgent_budget()
+        """Prompt tokens for the next step. Where somebody waits for a first token who is more urgent than all who decode, it is for that
+        prompt alone: what others would have computed beside it is what it would wait for."""
+        urgent = self._urgent_budget(min((s.urgency for s in self._decoding()), default=-math.inf))
+        self._num_hurried = 0 if urgent is None else self._num_hurried + 1
         return self._usual_budget() if urgent is None else urgent
 
-    def _urgent_budget(self) -> int | None:
-        """Where somebody waits for a first token who is more urgent than all who decode, the step is for that prompt alone: what others
-        would have computed beside it is what it would wait for. Now and then they get on all the same."""
-        starting, decoding = self._starting(), self._decoding()
-        most = min((s.urgency for s in starting), default=0)
-        if not decoding or most >= min(s.urgency for s in decoding) or self._num_hurried >= _MOST_HURRIED:
-            self._num_hurried = 0
+    def _urgent_budget(self, urgency: float) -> int | None:
+        """Of the most urgent prompts, if they are more urgent than that. Now and then others get on all the same."""
+        starting = self._starting()
+        most = min((s.urgency for s in starting), default=math.inf)
+        if most >= urgency or self._num_hurried >= _MOST_HURRIED:
             return None
-        self._num_hurried += 1
         return min(self._pace.max_budget, sum(s.num_prefill_left for s in starting if s.urgency == most))
 
     def _usual_budget(self) -> int:
@@ -526,7 +567,8 @@ class Engine:
     def _note_time(self, pending: PendingStep) -> None:
         now = time.monotonic()
         num_prefilled = sum(chunk.stop - chunk.start for chunk, _ in pending.chunks)
-        self._pace.observe(now - max(self._queued_at, self._read_at), num_rows=len(pending.rows), num_prefilled=num_prefilled)
+        if self._queued_at is not None:
+            self._pace.observe(now - max(self._queued_at, self._read_at), num_rows=len(pending.rows), num_prefilled=num_prefilled)
         self._read_at = now
 
     def _drop(self, sequence: Sequence) -> None:

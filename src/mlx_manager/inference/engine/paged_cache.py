@@ -185,6 +185,9 @@ class QueuedPass:
     def arrays(self) -> list[mx.array]:
         return self.made
 
+    def layers(self) -> list[list[mx.array]]:
+        return []  # passes write where the next plan may: they keep their order
+
 
 class PagedCache:
     """The blocks of one model; their numbers are those of the `BlockPool`, the null block's included in `num_blocks`. Owned by the device

@@ -1,7 +1,7 @@
 """Plan → forward passes. Keeps the batch (who is in which row, and their next inputs) between steps."""
 # pyright: basic
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -20,6 +20,10 @@ class Queued(Protocol):
 
     def arrays(self) -> list[mx.array]:
         """What has to be computed for it."""
+        ...
+
+    def layers(self) -> list[list[mx.array]]:
+        """What each layer makes on the way, if passes of others may come between two layers; else nothing."""
         ...
 
 
@@ -105,6 +109,11 @@ class Pending:
         made = [sampled.tokens for sampled in (self.sampled, self.first) if sampled is not None]
         return mx.concatenate(made) if len(made) > 1 else made[0] if made else None
 
+    def layers(self) -> list[list[mx.array]]:
+        """What is computed on the way to the parts, as far as it may be interrupted."""
+        passes = [queued for _, queued in self.chunks] if self.step is None else [self.step, *(queued for _, queued in self.chunks)]
+        return [arrays for queued in passes for arrays in queued.layers()]
+
     def parts(self) -> list[list[mx.array]]:
         """What has to be computed, in this order."""
         parts = [queued.arrays() for _, queued in self.chunks]
@@ -170,6 +179,13 @@ class Runner:
         interpreter's lock."""
         for arrays in pending.parts():
             mx.async_eval(arrays)
+
+    def compute(self, pending: Pending) -> Iterator[None]:
+        """The same on the CPU, with a stop after each layer in which another plan can be carried out, and read."""
+        for arrays in pending.layers():
+            mx.async_eval(arrays)
+            yield
+        self.start(pending)
 
     def finish(self, pending: Pending) -> None:
         """Samples what could not be until the step before had been read: where a row's last token decides which may come next, the

@@ -150,11 +150,18 @@ class Scheduler:
         """What to do next; blocks are given out as if it were done."""
         preempted: list[Sequence] = []
         self._grow(now, preempted)
-        admitted, forks = self._admit(now, preempted)
-        for sequence in admitted:  # nothing is given away any more: what is found now is there when the plan is carried out
-            self._lay_tail(sequence, now)
-        prefill = self._hand_out(now, prefill_budget)
+        admitted, forks = self._admit(now, self.waiting, preempted)
+        prefill = self._hand_out(now, prefill_budget, [s for s in self.running if s.num_prefill_left])
         return Plan(tuple(preempted), tuple(admitted), tuple(forks), tuple(s for s in self.running if s.wants_decode), tuple(prefill))
+
+    def plan_first_tokens(self, now: float, prefill_budget: int, urgency: float) -> Plan:
+        """What brings those who are more urgent than `urgency` nearer to their first tokens: nothing else. Others may be in a step that is
+        not read yet, among them somebody whom one of these waits for, and who is as urgent from now on."""
+        preempted: list[Sequence] = []
+        admitted, forks = self._admit(now, [s for s in self.waiting if s.urgency < urgency], preempted)
+        starting = [s for s in self.running if s.urgency < urgency and s.num_computed == s.num_queued <= s.prefill_end]
+        prefill = self._hand_out(now, prefill_budget, [s for s in starting if s.num_prefill_left or self._samples(s)])
+        return Plan(tuple(preempted), tuple(admitted), tuple(forks), (), tuple(prefill))
 
     def _grow(self, now: float, preempted: list[Sequence]) -> None:
         """A block for each row whose next token needs one; the least urgent give theirs up if there are none."""
@@ -166,7 +173,13 @@ class Scheduler:
                 else:
                     self._preempt(max(self.running, key=lambda s: self._rank(s, now)), now, preempted)
 
-    def _admit(self, now: float, preempted: list[Sequence]) -> tuple[list[Sequence], list[Fork]]:
+    def _admit(self, now: float, candidates: list[Sequence], preempted: list[Sequence]) -> tuple[list[Sequence], list[Fork]]:
+        admitted, forks = self._give_places(now, candidates, preempted)
+        for sequence in admitted:  # nothing is given away any more: what is found now is there when the plan is carried out
+            self._lay_tail(sequence, now)
+        return admitted, forks
+
+    def _give_places(self, now: float, candidates: list[Sequence], preempted: list[Sequence]) -> tuple[list[Sequence], list[Fork]]:
         admitted: list[Sequence] = []
         forks: list[Fork] = []
         settled: set[Sequence] = set()  # takes part in what is decided already
@@ -177,7 +190,7 @@ class Scheduler:
             return self._rank(s, now, places[s.spec.client] / self.policy.max_sequences)
 
         # Of those who were preempted just now the last token may not be read yet.
-        left = [(*rank(s), i, s) for i, s in enumerate(self.waiting) if s not in preempted]
+        left = [(*rank(s), i, s) for i, s in enumerate(candidates) if s not in preempted]
         heapq.heapify(left)
         while left:
             *was, i, candidate = heapq.heappop(left)
@@ -211,11 +224,11 @@ class Scheduler:
                 settled.add(parent)
         return admitted, forks
 
-    def _hand_out(self, now: float, budget: int) -> list[Chunk]:
+    def _hand_out(self, now: float, budget: int, sequences: list[Sequence]) -> list[Chunk]:
         """The most urgent first."""
         chunks: list[Chunk] = []
         pass_bytes = self.policy.max_pass_bytes
-        for sequence in sorted((s for s in self.running if s.num_prefill_left), key=lambda s: self._rank(s, now)):
+        for sequence in sorted(sequences, key=lambda s: self._rank(s, now)):
             if budget <= 0:
                 break
             start = sequence.num_queued

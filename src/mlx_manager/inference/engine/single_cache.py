@@ -35,6 +35,9 @@ class QueuedPass:
     def arrays(self) -> list[mx.array]:
         return self.made
 
+    def layers(self) -> list[list[mx.array]]:
+        return []
+
 
 class SingleCache:
     """Owned by the device thread."""

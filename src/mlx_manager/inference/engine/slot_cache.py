@@ -13,7 +13,7 @@ Blocks that can be shared are copies beside the rows, written when they are publ
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -323,27 +323,36 @@ class Buffer:
 
 @dataclass(slots=True)
 class QueuedChunk:
-    """Keys and values of a stretch of a prompt that are being computed. `states` are those at its end, where a block ends there; `logits`
-    [1, V] of its last token, if it samples."""
+    """Keys and values of a stretch of a prompt that are being computed, of each layer that attends, and its `states`, of which `snapshot`
+    has those at its end, where a block ends there; `logits` [1, V] of its last token, if it samples."""
 
-    made: list[mx.array]
-    states: list[State] | None = None
+    made: list[KeysValues]
+    states: list[mx.array] = field(default_factory=list)
+    snapshot: list[State] | None = None
     logits: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
-        return self.made
+        return [a for kv in self.made for a in kv] + self.states
+
+    def layers(self) -> list[list[mx.array]]:
+        return [list(kv) for kv in self.made]
 
 
 @dataclass(slots=True)
 class QueuedStep:
-    """A decode step that is being computed: `rows` (None: nobody wants what comes of it), each at its position, and what it made."""
+    """A decode step that is being computed: `rows` (None: nobody wants what comes of it), each at its position, and what it made in each
+    layer that attends: in `stacks` those of a group lie together."""
 
     rows: list[Sequence | None]
     positions: np.ndarray
+    made: list[KeysValues]
     stacks: list[KeysValues]
 
     def arrays(self) -> list[mx.array]:
         return [a for stack in self.stacks for a in stack]
+
+    def layers(self) -> list[list[mx.array]]:
+        return [list(kv) for kv in self.made]
 
 
 class SlotCache:
@@ -454,7 +463,7 @@ class SlotCache:
             logits = self._run(mx.array(tokens), layers, [])
         queued: dict[Chunk, QueuedChunk] = {}
         for row, (chunk, caches) in enumerate(zip(group, of_rows, strict=True)):
-            made = [a for cache in caches for a in cache.parts[-1]]
+            made = [cache.parts[-1] for cache in caches]
             queued[chunk] = QueuedChunk(made, logits=logits[row : row + 1, -1] if chunk.samples else None)
         return queued
 
@@ -463,9 +472,9 @@ class SlotCache:
         caches, states = self._prefilling[sequence], self._states.of(sequence)
         with head.only([stop - start - 1] if chunk.samples else None):
             logits = self._run(prompt_inputs(self._model, sequence, start, stop), caches, states)
-        made = [a for cache in caches for a in cache.parts[-1]] + [a for cache in states for a in cache.cache if a is not None]
+        left = [a for cache in states for a in cache.cache if a is not None]
         snapshot = self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None
-        return QueuedChunk(made, snapshot, logits[:, -1] if chunk.samples else None)
+        return QueuedChunk([cache.parts[-1] for cache in caches], left, snapshot, logits[:, -1] if chunk.samples else None)
 
     def arrange(self, wanted: Items[Sequence], awaited: set[Sequence]) -> list[Sequence | None]:
         """Gives each of `wanted` a row; who stays keeps theirs if possible. `awaited` are those of whom the step under way computes
@@ -502,7 +511,8 @@ class SlotCache:
         step = DecodeStep(self._buffers, positions, shifted(positions, rows), written, self._unread(rows))
         logits = self._run(inputs[:, None], [self._handle(step, layer) for layer in self._attending], self._states.rows)[:, -1, :]
         stacks = [_pair(mx.stack([kv[i] for kv in made]) for i in (0, 1)) for made in step.made]
-        self._last = QueuedStep(list(rows), positions, stacks)
+        made = [step.made[layer.group][layer.place] for layer in self._attending]
+        self._last = QueuedStep(list(rows), positions, made, stacks)
         return logits, self._last
 
     def settle(self, step: QueuedStep) -> None:
@@ -527,8 +537,8 @@ class SlotCache:
             pairs = list(zip(self._prefilling[sequence], self._attending, strict=True))
             of_group = [[cache for cache, layer in pairs if layer.group == g] for g in range(len(self.groups))]
             self._blocks[block] = [_stacked(group, start, stop) for group in of_group]
-        if chunk is not None and chunk.states is not None:
-            self._states.save(block, chunk.states)
+        if chunk is not None and chunk.snapshot is not None:
+            self._states.save(block, chunk.snapshot)
 
     def drop(self, block: int) -> None:
         """Nobody can find this block any more."""

@@ -178,8 +178,9 @@ class SplitCache(AttendingCache):
         # The queries of the heads that share keys stand where a longer query would have its positions.
         queries = (queries * scale).reshape(num_rows, num_heads, num_queries // num_heads, -1)
         scores = mx.concatenate([queries @ old_keys.swapaxes(-1, -2), queries @ new_keys.swapaxes(-1, -2)], axis=-1)
-        window = self._layer.window if mask is None else mask.window
-        scores = scores + self._step.bias(window).astype(scores.dtype)
+        bias = self._step.bias(self._layer.window if mask is None else mask.window)
+        if bias is not None:
+            scores = scores + bias.astype(scores.dtype)
         if sinks is not None:
             column = mx.broadcast_to(sinks.reshape(1, num_heads, -1, 1), (*scores.shape[:-1], 1)).astype(scores.dtype)
             scores = mx.concatenate([scores, column], axis=-1)
@@ -197,14 +198,16 @@ class DecodeStep:
         """`positions` are counted in tokens, `offsets` as the model does (`Sequence.position_shift`)."""
         self.positions = mx.array(positions)
         self.offsets = mx.array(offsets)
-        self._num_written = max(1, -(-int(written.max()) // BLOCK_TOKENS)) * BLOCK_TOKENS
+        self._num_written = max(1, int(written.max()))
+        self._is_even = unread is None and bool((written == self._num_written).all())
         self.made: list[list[KeysValues]] = [[] for _ in buffers]
         self._buffers = buffers
         self._num_rows = len(positions)
+        self._longest = int(positions.max())
         self._written = mx.array(written)[:, None]
         self._unread = unread
         self._masks: dict[int | None, mx.array] = {}
-        self._biases: dict[int | None, mx.array] = {}
+        self._biases: dict[int | None, mx.array | None] = {}
 
     def before(self, layer: Layer) -> list[KeysValues]:
         """What was there before this step: the rows of the buffer, then the token of the step that is not read yet."""
@@ -225,10 +228,11 @@ class DecodeStep:
             self._masks[window] = mx.concatenate(parts, axis=1)[:, None, None]
         return self._masks[window]
 
-    def bias(self, window: int | None) -> mx.array:
-        """The same to be added to scores: 0 or minus infinity."""
+    def bias(self, window: int | None) -> mx.array | None:
+        """The same to be added to scores: 0 or minus infinity. None: everybody may look at everything."""
         if window not in self._biases:
-            self._biases[window] = mx.where(self.mask(window), mx.array(0.0), mx.array(-mx.inf))
+            sees_all = self._is_even and (window is None or self._longest < window)
+            self._biases[window] = None if sees_all else mx.where(self.mask(window), mx.array(0.0), mx.array(-mx.inf))
         return self._biases[window]
 
 
@@ -519,7 +523,8 @@ class SlotCache:
         """Writes what a step made, which has been computed by now, into the rows of those who are still there."""
         here = [(i, self._row_of[s]) for i, s in enumerate(step.rows) if s is not None and s in self._row_of]
         if here:
-            stay, rows = [i for i, _ in here], np.array([row for _, row in here])
+            rows = np.array([row for _, row in here])
+            stay = slice(None) if len(here) == len(step.rows) else [i for i, _ in here]  # a slice copies nothing
             for buffer, stacks in zip(self._buffers, step.stacks, strict=True):
                 buffer.write(rows, step.positions[stay], _pair(host_view(a)[:, :, :, 0][:, stay] for a in stacks))
         if self._last is step:

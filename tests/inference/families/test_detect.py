@@ -42,6 +42,11 @@ def test_a_template_tells_the_format_whatever_the_model_calls_itself(name: str) 
         assert detect({"model_type": model_type}, template).tool_format is FORMATS[name]
 
 
+def test_a_template_that_writes_functions_with_parameters_by_name_tells_that_format() -> None:
+    template = '{%- if tools %}Answer as <function name="f"><param name="p">value</param></function>.{%- endif %}'
+    assert detect({"model_type": "llama"}, template).tool_format is tagged.FUNCTION_NAMES
+
+
 def test_the_documentation_names_each_model_type() -> None:
     table = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
     for family in FAMILIES:

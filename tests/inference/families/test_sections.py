@@ -47,6 +47,7 @@ FAMILIES = {
     "dsml": replace(DEEPSEEK, tool_format=tagged.DSML),
     "lfm": LFM,
     "longcat": LONGCAT,
+    "minicpm": replace(LLAMA, tool_format=tagged.FUNCTION_NAMES),
 }
 TAGGED = {name: family for name, family in FAMILIES.items() if THINK in family.reasoning_tags}
 MARKED = {name: family for name, family in FAMILIES.items() if not family.channels}
@@ -112,6 +113,7 @@ DSML_PARIS = (
 KIMI_PARIS = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
 GPT_PARIS = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}'
 INFINITE = '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>'
+MINICPM_PARIS = '<function name="get_weather"><param name="city">Paris</param></function>'
 GLM_PARIS = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"
 
 OUTPUTS: list[tuple[Family, str, Told]] = [
@@ -212,6 +214,17 @@ OUTPUTS: list[tuple[Family, str, Told]] = [
         "<longcat_arg_value>Paris</longcat_arg_value>\n</longcat_tool_call>",
         ("", "a", [PARIS]),
     ),
+    (FAMILIES["minicpm"], f"<think>a</think>Look.\n{MINICPM_PARIS}\n{MINICPM_PARIS}", ("Look.", "a", [PARIS, PARIS])),
+    (
+        FAMILIES["minicpm"],
+        MINICPM_PARIS.replace("Paris", "<![CDATA[a </param> & <b>\n]]>").replace("</function>", '<param name="days">3</param></function>'),
+        ("", "", [("get_weather", {"city": "a </param> & <b>\n", "days": 3})]),
+    ),
+    (FAMILIES["minicpm"], MINICPM_PARIS.replace("Paris", "<![CD"), ("", "", [("get_weather", {"city": "<![CD"})])),
+    (FAMILIES["minicpm"], MINICPM_PARIS.replace("city", "days").replace("Paris", "<![CDATA[3]]>"), ("", "", [("get_weather", {"days": 3})])),
+    (FAMILIES["minicpm"], '<function name="get_weather"></function>', ("", "", [("get_weather", {})])),
+    (FAMILIES["minicpm"], "<function name= is how it begins", ("<function name= is how it begins", "", [])),
+    (FAMILIES["minicpm"], '<function name="f" is none', ('<function name="f" is none', "", [])),
     # Calls with marks of their own
     (KIMI, f"Look.<|tool_calls_section_begin|>{KIMI_PARIS}{KIMI_PARIS}<|tool_calls_section_end|>", ("Look.", "", [PARIS, PARIS])),
     (KIMI, f"<|tool_calls_section_begin|>{KIMI_PARIS.replace('get_weather', 'other')}", ("", "", [("other", {"city": "Paris"})])),
@@ -304,7 +317,7 @@ BITS = [
     *MARKS,
     *PARTS,
     *(" ", "\n\n", '"', "; ", "```tool_code\n", "\n```"),
-    *(CODER_PARIS, MINIMAX_PARIS, DSML_PARIS, KIMI_PARIS, GPT_PARIS, "call:get_weather{city:", '<|"|>', "}", '{"'),
+    *(CODER_PARIS, MINICPM_PARIS, MINIMAX_PARIS, DSML_PARIS, KIMI_PARIS, GPT_PARIS, "call:get_weather{city:", '<|"|>', "}", '{"'),
     *(QWEN_PARIS, GLM_PARIS, '{"name": "get_weather", "parameters": {}}', '[get_weather(city="x")]'),
     '[{"name": "get_weather", "arguments": {}}]',
 ]

@@ -196,6 +196,7 @@ SPELLINGS = {
     "minimax": Family("", frozenset(), tool_format=tagged.MINIMAX),
     "deepseek v3.2": Family("", frozenset(), tool_format=tagged.DSML),
     "longcat": Family("", frozenset(), tool_format=tagged.LONGCAT),
+    "minicpm": Family("", frozenset(), tool_format=tagged.FUNCTION_NAMES),
     "deepseek v3.1": Family("", frozenset(), tool_format=marked.DEEPSEEK),
     "kimi": Family("", frozenset(), tool_format=marked.KIMI),
     "lfm": Family("", frozenset(), tool_format=marked_pythonic),

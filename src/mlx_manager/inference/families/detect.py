@@ -31,6 +31,7 @@ _TEMPLATE_SIGNS: tuple[tuple[str, ToolFormat], ...] = (
     ("<arg_key>", tagged.ARG_TAGS),
     ("<|tool_call_start|>", marked_pythonic),
     ("<parameter=", tagged.FUNCTION_TAGS),
+    ("<param name=", tagged.FUNCTION_NAMES),
     ("<|tool_calls_section_begin|>", marked.KIMI),
     ("<｜tool▁calls▁begin｜>", marked.DEEPSEEK),
     ("[TOOL_CALLS]", mistral),

@@ -10,7 +10,7 @@ from mlx_manager.inference.families.family import Family
 from mlx_manager.inference.families.tool_formats import json_tags, llama_json, marked_pythonic, mistral, pythonic
 from mlx_manager.inference.families.tool_formats.braced import FUNCTION_GEMMA, GEMMA4, BracedCalls
 from mlx_manager.inference.families.tool_formats.marked import DEEPSEEK, KIMI
-from mlx_manager.inference.families.tool_formats.tagged import ARG_TAGS, DSML, FUNCTION_TAGS, LONGCAT, MINIMAX
+from mlx_manager.inference.families.tool_formats.tagged import ARG_TAGS, DSML, FUNCTION_NAMES, FUNCTION_TAGS, LONGCAT, MINIMAX
 from mlx_manager.inference.structured.compiler import json_rule, literal
 
 MarkOf = Callable[[str], str]
@@ -210,6 +210,7 @@ _TAGGED = (
         tail=f"</｜DSML｜invoke>\n{DSML.end}",
         marks=("｜DSML｜",),
     ),
+    _Tagged(FUNCTION_NAMES, head='"{name}">', key='<param name="{key}">', value_end="</param>", tail=FUNCTION_NAMES.end, marks=()),
 )
 
 

@@ -10,14 +10,16 @@ from mlx_manager.inference.families.marks import overlap
 from mlx_manager.inference.families.tool_formats import json_tags
 from mlx_manager.inference.families.tool_formats.parameters import TEXT_ONLY, json_string, json_value, types_of
 
+_CDATA = "<![CDATA["
 _MAX_KEY = 400  # characters from the end of one value to the beginning of the next, white space before the tag aside
 
 
 class TaggedFormat:
     """`opening` begins a call after the section's mark ("" where its name does), and `name` matches from there to its arguments.
     `key` matches from a parameter's `key_mark` to its value; its group "string", where there is one, says whether that is text.
-    `call_end` is "" where the section ends with its only call. With `in_lines`, a line end on either side of a value is not part of it.
-    With `or_json`, models fall back on `json_tags`; with `bare`, they leave the section's mark out at times."""
+    `call_end` is "" where the section ends with its only call; `begun` matches what there can be of its name and its first mark, if
+    that is more than bare letters. With `in_lines`, a line end on either side of a value is not part of it; with `in_cdata`, a value may stand
+    in `<![CDATA[…]]>`. With `or_json`, models fall back on `json_tags`; with `bare`, they leave the section's mark out at times."""
 
     def __init__(
         self,
@@ -30,7 +32,9 @@ class TaggedFormat:
         value_end: str,
         opening: str = "",
         call_end: str = "",
+        begun: str = "",
         in_lines: bool = False,
+        in_cdata: bool = False,
         or_json: bool = False,
         bare: bool = False,
     ) -> None:
@@ -43,8 +47,9 @@ class TaggedFormat:
         self.opening = opening
         self.call_end = call_end or end
         self.in_lines = in_lines
+        self.in_cdata = in_cdata
         self.or_json = or_json
-        self._beginning = re.compile(rf"\s*(?:\Z|{name}\s*(?:\Z|<))") if not opening else None
+        self._beginning = re.compile(rf"\s*(?:\Z|{begun or name}\s*(?:\Z|<))") if not opening else None
         follows = "|".join(re.escape(mark) for mark in (key_mark, call_end) if mark)
         head = re.compile(rf"\s*{name}\s*(?={follows})")
         again = (opening,) if opening else ()
@@ -102,6 +107,7 @@ class TaggedArguments:
         self._is_text = False  # inside a value that is passed on as it comes
         self._is_first = False  # at its beginning
         self._types: frozenset[str] = frozenset()
+        self._end = its.value_end
         self._search_from = 0
 
     def read(self, text: str) -> tuple[str, int]:
@@ -133,6 +139,7 @@ class TaggedArguments:
                 self._types = TEXT_ONLY if match["string"] == "true" else self._types - TEXT_ONLY
             self._member = (", " if self._given else "{") + json_string(key) + ": "
             self._is_value, self._is_text, self._is_first, self._search_from = True, self._types == TEXT_ONLY, True, 0
+            self._end = its.value_end
             if self._is_text:
                 out.append(self._member + '"')
                 self._given = True
@@ -145,12 +152,18 @@ class TaggedArguments:
         return True
 
     def _value(self, out: list[str]) -> bool:
-        end = self._its.value_end
         if self._is_first and self._its.in_lines:
             if not self._held:
                 return False
             self._take(1 if self._held[0] == "\n" else 0)
+        if self._is_first and self._its.in_cdata:
+            if _CDATA.startswith(self._held):
+                return False
+            if self._held.startswith(_CDATA):
+                self._take(len(_CDATA))
+                self._end = "]]>" + self._end
         self._is_first = False
+        end = self._end
         at = self._held.find(end, self._search_from)
         if at >= 0:
             value = self._take(at)
@@ -227,4 +240,15 @@ DSML = TaggedFormat(
     value_end="</｜DSML｜parameter>",
     opening="<｜DSML｜invoke name=",
     call_end="</｜DSML｜invoke>",
+)
+# MiniCPM 5
+FUNCTION_NAMES = TaggedFormat(
+    "<function name=",
+    "</function>",
+    name=r'"([\w.:-]+)">',
+    begun=r'"[\w.:-]*(?:\Z|"(?:\Z|>))',
+    key_mark="<param name=",
+    key=r'<param name="([^"<>\n]{1,200})">',
+    value_end="</param>",
+    in_cdata=True,
 )

@@ -105,7 +105,7 @@ def test_every_documented_series_moves(traced: Running) -> None:
 class Failing(KeepsNothing):
     """Forward passes that fail."""
 
-    def queue(self, plan: Plan) -> PendingStep:
+    def queue(self, plan: Plan, unread: object = None) -> PendingStep:
         raise RuntimeError("no device")
 
     def read(self, pending: PendingStep) -> list[Token | None]:

@@ -56,7 +56,7 @@ class Counting(KeepsNothing):
     forgotten: list[Sequence] = field(default_factory=list[Sequence])
     num_clears: int = 0
 
-    def queue(self, plan: Plan) -> Step:
+    def queue(self, plan: Plan, unread: Any = None) -> Step:
         self.plans.append(plan)
         for chunk in plan.prefill:
             self._may_fail("prefill")

@@ -221,7 +221,11 @@ OUTPUTS: list[tuple[Family, str, Told]] = [
         ("", "", [("get_weather", {"city": "a </param> & <b>\n", "days": 3})]),
     ),
     (FAMILIES["minicpm"], MINICPM_PARIS.replace("Paris", "<![CD"), ("", "", [("get_weather", {"city": "<![CD"})])),
-    (FAMILIES["minicpm"], MINICPM_PARIS.replace("city", "days").replace("Paris", "<![CDATA[3]]>"), ("", "", [("get_weather", {"days": 3})])),
+    (
+        FAMILIES["minicpm"],
+        MINICPM_PARIS.replace("city", "days").replace("Paris", "<![CDATA[3]]>"),
+        ("", "", [("get_weather", {"days": 3})]),
+    ),
     (FAMILIES["minicpm"], '<function name="get_weather"></function>', ("", "", [("get_weather", {})])),
     (FAMILIES["minicpm"], "<function name= is how it begins", ("<function name= is how it begins", "", [])),
     (FAMILIES["minicpm"], '<function name="f" is none', ('<function name="f" is none', "", [])),

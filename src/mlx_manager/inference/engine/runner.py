@@ -139,7 +139,6 @@ class Runner:
         self._first_sampler = Sampler(vocab_size)  # of prompts that end
         self._rows: list[Sequence | None] = []
         self._inputs: mx.array | None = None  # [B] the next token of every row
-        self._pending: Pending | None = None
 
     @property
     def allocated_bytes(self) -> int:
@@ -155,8 +154,8 @@ class Runner:
         """Of what is kept for blocks beside keys and values."""
         return self.cache.state_bytes
 
-    def queue(self, plan: Plan) -> Pending:
-        """Describes all passes of a plan; `start` has them computed."""
+    def queue(self, plan: Plan, unread: Pending | None = None) -> Pending:
+        """Describes all passes of a plan; `start` has them computed. `unread`: the step before, if its tokens are not known yet."""
         for sequence in plan.preempted:
             self.cache.forget(sequence)
         for sequence in plan.admitted:
@@ -165,13 +164,12 @@ class Runner:
         for fork in plan.forks:
             self._place_pictures(fork.child)
             self.cache.fork(fork.child, fork.parent, fork.source, fork.target)
-        pending = self._decode(plan.decode) if plan.decode else Pending()
+        pending = self._decode(plan.decode, unread) if plan.decode else Pending()
         made = self.cache.prefill(plan.prefill) if plan.prefill else []
         for chunk in plan.prefill:
             chunk.sequence.num_queued = chunk.stop
         pending.chunks = tuple(zip(plan.prefill, made, strict=True))
         self._sample_first(pending)
-        self._pending = pending
         return pending
 
     def start(self, pending: Pending) -> None:
@@ -197,8 +195,6 @@ class Runner:
     def read(self, pending: Pending) -> list[Token | None]:
         """Waits for a queued step. One token for each of its rows that anybody waits for."""
         mx.eval(pending.parts())
-        if self._pending is pending:
-            self._pending = None
         if pending.step is not None:
             self.cache.settle(pending.step)
         for sequence, position in zip(pending.rows, pending.positions, strict=True):
@@ -239,7 +235,6 @@ class Runner:
         """Empties the batch: nobody decodes any more. A pass that failed half-way may have left a row's cache without its row."""
         self._rows = []
         self._inputs = None
-        self._pending = None
         self.cache.clear()
         self._sampler.set_rows([])
 
@@ -248,9 +243,9 @@ class Runner:
             assert self._pictures is not None, "the model was asked before"
             self._pictures.place(sequence)
 
-    def _decode(self, wanted: Rows[Sequence]) -> Pending:
+    def _decode(self, wanted: Rows[Sequence], before: Pending | None) -> Pending:
         """One token for each of `wanted`, in one forward pass."""
-        self._set_rows(wanted)
+        self._set_rows(wanted, before)
         assert self._inputs is not None
         logits, step = self.cache.forward(self._inputs)
         positions = tuple(0 if s is None else s.num_queued for s in self._rows)
@@ -280,9 +275,9 @@ class Runner:
         for sequence in sequences:
             sequence.num_sampled += 1
 
-    def _set_rows(self, wanted: Rows[Sequence]) -> None:
-        under_way = () if self._pending is None else self._pending.sampling
-        made = None if self._pending is None else self._pending.tokens()
+    def _set_rows(self, wanted: Rows[Sequence], before: Pending | None) -> None:
+        under_way = () if before is None else before.sampling
+        made = None if before is None else before.tokens()
         unread = {s: i for i, s in enumerate(under_way) if s is not None and not s.finished}
         rows = self.cache.arrange(wanted, set(unread))
         if rows != self._rows:

@@ -17,9 +17,9 @@ _MAX_KEY = 400  # characters from the end of one value to the beginning of the n
 class TaggedFormat:
     """`opening` begins a call after the section's mark ("" where its name does), and `name` matches from there to its arguments.
     `key` matches from a parameter's `key_mark` to its value; its group "string", where there is one, says whether that is text.
-    `call_end` is "" where the section ends with its only call; `begun` matches what there can be of its name and its first mark, if
-    that is more than bare letters. With `in_lines`, a line end on either side of a value is not part of it; with `in_cdata`, a value may stand
-    in `<![CDATA[…]]>`. With `or_json`, models fall back on `json_tags`; with `bare`, they leave the section's mark out at times."""
+    `call_end` is "" where the section ends with its only call; `begun` matches what there can be of its name and its first mark, if that is
+    more than bare letters. With `in_lines`, a line end on either side of a value is not part of it; with `in_cdata`, values may stand in
+    `<![CDATA[…]]>`. With `or_json`, models fall back on `json_tags`; with `bare`, they leave the section's mark out at times."""
 
     def __init__(
         self,

@@ -418,7 +418,10 @@ class Histories(RuleBasedStateMachine):
 
     def _hurry(self, budget: int, under_way: set[Sequence]) -> bool:
         urgency = min(s.urgency for s in under_way)
-        plan = self.scheduler.plan_first_tokens(self.now, budget, urgency)
+        most = min((s.urgency for s in self.live if s not in under_way), default=urgency)
+        if most >= urgency:
+            return False
+        plan = self.scheduler.plan_first_tokens(self.now, budget, most)
         self._check_chunks(plan, budget)
         assert not plan.decode
         coming = {*plan.admitted, *(chunk.sequence for chunk in plan.prefill)}

@@ -249,6 +249,56 @@ async def test_whoever_comes_at_whatever_layer_everybody_says_what_they_say_alon
         assert engine.cache_state.num_preemptions > 0
 
 
+@pytest.mark.parametrize("num_low", [1, 2])
+async def test_who_gave_way_and_comes_back_to_the_same_row_says_the_same(
+    device: Device, family: str, lot: random.Random, num_low: int
+) -> None:
+    """Nobody has decoded in the meantime, so that the rows look as they were."""
+    engine = engine_in_turn(device, family, max_sequences=num_low)
+    low, high = [asking(words(lot, 20), 40, "low") for _ in range(num_low)], asking(words(lot, 30), 1, "high")
+    async with attached(device, engine):
+        await expect_others(engine)
+        stop = Stop(engine, lambda pending: decodes(pending) and pending.rows[0].num_generated > 5)
+        replies = asyncio.ensure_future(receive(engine, low))
+        await stop.reached()
+        urgent = asyncio.ensure_future(receive(engine, [high]))
+        await asyncio.sleep(0.01)
+        stop.let_go()
+        received, (other,) = await within(replies), await within(urgent)
+    assert engine.cache_state.num_preemptions == 1
+    assert [r.tokens for r in received] == [await single_run(device, family, spec) for spec in low]
+    assert other.tokens == await single_run(device, family, high)
+
+
+async def test_who_needs_a_row_for_a_first_token_does_not_wait_for_prompts_of_others(device: Device) -> None:
+    """Penalties count what was generated, so that such a prompt ends in decode."""
+    engine = engine_in_turn(device, "llama", prefill_budget=32)
+    lot = random.Random(4)
+    high = replace(asking(words(lot, 30), 3, "high"), sampling=replace(GREEDY, repetition_penalty=1.1))
+    others = [asking(words(lot, 9), 40, "low"), asking(words(lot, 400), 3, "low"), asking(words(lot, 300), 3, "normal")]
+    passes: list[tuple[str, set[str]]] = []
+    runner: Any = engine._runner  # type: ignore[reportPrivateUsage]
+    queue = runner.queue
+
+    def noted(plan: Any, unread: Any = None) -> Any:
+        kinds = (("decodes", plan.decode), ("reads", [chunk.sequence for chunk in plan.prefill]))
+        passes.extend((kind, {s.spec.priority for s in sequences}) for kind, sequences in kinds if sequences)
+        return queue(plan, unread)
+
+    async with attached(device, engine):
+        streams = [engine.submit([others[0]])]
+        await eventually(lambda: engine.counters.decoded_tokens > 3)
+        runner.queue = noted
+        streams += [engine.submit([spec]) for spec in others[1:]]
+        await within(receive(engine, [high]))
+        for stream in streams:
+            stream.close()
+    read = next(i for i, (kind, who) in enumerate(passes) if kind == "reads" and "high" in who)
+    assert passes[read] == ("reads", {"high"})
+    assert passes[read + 1][0] == "decodes"
+    assert "high" in passes[read + 1][1]
+
+
 async def test_nothing_is_stopped_for_whom_nobody_expects(device: Device) -> None:
     """It would cost a tenth of every step."""
     engine = engine_in_turn(device, "llama")

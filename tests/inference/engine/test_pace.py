@@ -48,6 +48,13 @@ def test_it_learns_from_a_prompt_that_nobody_decoded_beside() -> None:
     assert pace.budget(num_decoding=10**6, num_prefilling=1) == pytest.approx(500, abs=1)
 
 
+def test_a_last_token_alone_says_nothing_of_what_prompts_take() -> None:
+    """A pass over one token takes nearly as long as one over thirty."""
+    pace = Pace(2048, 0.05, decode_s=0.01, prefill_s=0.0001)
+    pace.observe(0.01, num_rows=0, num_prefilled=1)
+    assert pace.prefill_s == 0.0001
+
+
 def test_what_the_rows_took_is_not_blamed_on_the_prompt() -> None:
     pace = Pace(2048, 0.05)
     pace.observe(0.01, num_rows=8, num_prefilled=0)

@@ -565,7 +565,7 @@ def test_the_leader_is_as_urgent_as_the_most_urgent_who_waits_for_it() -> None:
 # ---- first tokens in the midst of a step
 
 
-LOW = URGENCY["low"]
+HIGH = URGENCY["high"]
 
 
 def test_what_comes_in_between_is_for_first_tokens_of_the_more_urgent_alone() -> None:
@@ -574,20 +574,20 @@ def test_what_comes_in_between_is_for_first_tokens_of_the_more_urgent_alone() ->
     scheduler = scheduler_with([low, talking])
     step(scheduler, budget=10)
     add(scheduler, waiting, high)
-    plan = scheduler.plan_first_tokens(0.0, 100, LOW)
+    plan = scheduler.plan_first_tokens(0.0, 100, HIGH)
     assert (plan.admitted, plan.decode, chunks(plan)) == ((high,), (), [(high, 0, 39)])
     read(scheduler, queue(plan))
-    assert scheduler.plan_first_tokens(0.0, 100, LOW).is_empty, "its last token decodes with the others"
+    assert scheduler.plan_first_tokens(0.0, 100, HIGH).is_empty, "its last token decodes with the others"
 
 
 def test_in_between_a_last_token_alone_samples_where_it_can() -> None:
     one, short = sequence(1, priority="high"), sequence(30, priority="high")
     scheduler = scheduler_with([one, short], samples_prompts=True)
-    plan = scheduler.plan_first_tokens(0.0, 1, LOW)
+    plan = scheduler.plan_first_tokens(0.0, 1, HIGH)
     assert plan.prefill == (Chunk(one, 0, 1, samples=True), Chunk(short, 0, 1))
     read(scheduler, queue(plan))
     assert one.num_generated == 1
-    assert scheduler_with([sequence(1, priority="high")]).plan_first_tokens(0.0, 1, LOW).prefill == ()
+    assert scheduler_with([sequence(1, priority="high")]).plan_first_tokens(0.0, 1, HIGH).prefill == ()
 
 
 def test_who_is_in_a_step_that_is_not_read_yet_is_not_taken_on_whoever_waits_for_it() -> None:
@@ -597,9 +597,29 @@ def test_who_is_in_a_step_that_is_not_read_yet_is_not_taken_on_whoever_waits_for
     scheduler = scheduler_with([leader])
     under_way = queue(scheduler.plan(0.0, 20))
     scheduler.add(high)
-    assert scheduler.plan_first_tokens(0.0, 100, LOW).is_empty
+    assert scheduler.plan_first_tokens(0.0, 100, HIGH).is_empty
     read(scheduler, under_way)
-    assert chunks(scheduler.plan_first_tokens(0.0, 100, LOW)) == [(leader, 20, 64)]
+    assert chunks(scheduler.plan_first_tokens(0.0, 100, HIGH)) == [(leader, 20, 64)]
+
+
+def test_in_between_nobody_overtakes_whose_turn_it_is_after_a_long_wait() -> None:
+    low, high = sequence(1, at=0, priority="low"), sequence(1, at=2 * AGEING_S, priority="high")
+    scheduler = scheduler_with([low, high], max_sequences=1, samples_prompts=True)
+    assert scheduler.plan_first_tokens(2 * AGEING_S + 1, 10, HIGH).is_empty
+    scheduler.remove(low)
+    assert scheduler.plan_first_tokens(2 * AGEING_S + 1, 10, HIGH).admitted == (high,)
+
+
+def test_who_was_waited_for_is_as_urgent_as_before_once_its_prompt_is_there() -> None:
+    shared = tokens(64)
+    leader, high = sequence([*shared, 1], priority="low"), sequence([*shared, 2], priority="high")
+    scheduler = scheduler_with([leader])
+    step(scheduler, budget=20)
+    scheduler.add(high)
+    step(scheduler, budget=20)
+    assert leader.urgency == HIGH
+    step(scheduler)
+    assert leader.urgency == URGENCY["low"]
 
 
 # ---- copies of a prompt

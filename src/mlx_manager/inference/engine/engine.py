@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import queue
 import time
 from collections import deque
@@ -165,6 +164,8 @@ class Mailbox:
 
 # Passes in a row that are for urgent prompts alone.
 _MOST_HURRIED = 8
+# How often a pass stands still.
+_MOST_STOPS = 2
 # After somebody urgent has come, others are expected for so long.
 _EXPECTED_S = 60.0
 # Of a plain SSD, so that nothing is read that is computed sooner.
@@ -424,22 +425,27 @@ class Engine:
     def _in_turn(self) -> None:
         """Computes prompts and decodes, a pass a turn."""
         decoding = [s.urgency for s in self._decoding()]
-        if self._hurry(min(decoding) if decoding else max((s.urgency for s in self._starting()), default=0)):
+        urgency = min(decoding) if decoding else max((s.urgency for s in self._starting()), default=0)
+        if self._hurry(urgency):
             return
         self._num_hurried = 0
-        plan = self._plan(0 if self._has_prefilled else self._usual_budget())
+        # Who needs a row for a first token, and is more urgent than the others, does not wait for their prompts.
+        needs_row = any(s.first_token is None and s.wants_decode and s.urgency < urgency for s in self._scheduler.running)
+        plan = self._plan(0 if needs_row or self._has_prefilled else self._usual_budget())
         self._has_prefilled = bool(plan.prefill)
         if plan.prefill:
             plan = replace(plan, decode=())
         if not plan.is_empty:
             self._run(plan)
 
-    def _hurry(self, urgency: float) -> bool:
-        """A pass for the first token of who is more urgent than that, if there is somebody."""
-        budget = self._urgent_budget(urgency)
-        if budget is None:
+    def _hurry(self, urgency: int) -> bool:
+        """A pass for the first tokens of the most urgent, if they are more urgent than that. Now and then others get on all the same."""
+        starting = self._starting()
+        most = min((s.urgency for s in starting), default=urgency)
+        if most >= urgency or self._num_hurried >= _MOST_HURRIED:
             return False
-        plan = self._scheduler.plan_first_tokens(time.monotonic(), max(1, budget), urgency)
+        budget = sum(s.num_prefill_left for s in starting if s.urgency == most)
+        plan = self._scheduler.plan_first_tokens(time.monotonic(), max(1, min(self._pace.max_budget, budget)), most)
         if plan.is_empty:
             return False
         self._num_hurried += 1
@@ -452,15 +458,23 @@ class Engine:
         self.flush()
         self._queued_at = time.monotonic()
         under_way = [*(s for s in queued.rows if s is not None), *(chunk.sequence for chunk, _ in queued.chunks)]
-        if under_way and self._expects(min(s.urgency for s in under_way)):
-            for _ in self._runner.compute(queued):
-                self._let_in()
-                if self._hurry(min(s.urgency for s in under_way)):
-                    self.flush()
-                    self._queued_at = None
+        urgency = min((s.urgency for s in under_way), default=0)
+        if self._expects(urgency):
+            self._compute(queued, urgency)
         else:
             self._runner.start(queued)
         self._read(queued)
+
+    def _compute(self, queued: PendingStep, urgency: int) -> None:
+        """Layer by layer, for those who are more urgent than that. A few times at most: who gave up or ran out of time is looked for
+        between turns, and other engines have theirs."""
+        num_stops = 0
+        for _ in self._runner.compute(queued):
+            self._let_in()
+            if num_stops < _MOST_STOPS and self._hurry(urgency):
+                num_stops += 1
+                self.flush()
+                self._queued_at = None
 
     def _expects(self, urgency: int) -> bool:
         """Whether somebody more urgent than that is likely to come. To stop for them between layers costs a tenth of the step."""
@@ -478,17 +492,13 @@ class Engine:
 
     def _budget(self) -> int:
         """Prompt tokens for the next step. Where somebody waits for a first token who is more urgent than all who decode, it is for that
-        prompt alone: what others would have computed beside it is what it would wait for."""
-        urgent = self._urgent_budget(min((s.urgency for s in self._decoding()), default=-math.inf))
-        self._num_hurried = 0 if urgent is None else self._num_hurried + 1
-        return self._usual_budget() if urgent is None else urgent
-
-    def _urgent_budget(self, urgency: float) -> int | None:
-        """Of the most urgent prompts, if they are more urgent than that. Now and then others get on all the same."""
-        starting = self._starting()
-        most = min((s.urgency for s in starting), default=math.inf)
-        if most >= urgency or self._num_hurried >= _MOST_HURRIED:
-            return None
+        prompt alone: what others would have computed beside it is what it would wait for. Now and then others get on all the same."""
+        starting, decoding = self._starting(), self._decoding()
+        most = min((s.urgency for s in starting), default=0)
+        if not decoding or most >= min(s.urgency for s in decoding) or self._num_hurried >= _MOST_HURRIED:
+            self._num_hurried = 0
+            return self._usual_budget()
+        self._num_hurried += 1
         return min(self._pace.max_budget, sum(s.num_prefill_left for s in starting if s.urgency == most))
 
     def _usual_budget(self) -> int:
@@ -567,7 +577,7 @@ class Engine:
     def _note_time(self, pending: PendingStep) -> None:
         now = time.monotonic()
         num_prefilled = sum(chunk.stop - chunk.start for chunk, _ in pending.chunks)
-        if self._queued_at is not None:
+        if self._queued_at is not None and (pending.rows or pending.chunks):
             self._pace.observe(now - max(self._queued_at, self._read_at), num_rows=len(pending.rows), num_prefilled=num_prefilled)
         self._read_at = now
 

@@ -49,6 +49,8 @@ class Pace:
         if num_prefilled == 0:
             self.decode_s = _blend(self.decode_s, seconds)
             return
+        if num_rows == 0 and num_prefilled < _SMALLEST:
+            return  # the price of a pass, not of its tokens
         own = seconds - (self.decode_s or 0.0) if num_rows else seconds
         if own > 0.1 * seconds:  # else the rows took longer before than now, and nothing can be said of the prompt
             self.prefill_s = _blend(self.prefill_s, own / num_prefilled)

@@ -6,6 +6,7 @@ content is there already, and gives way to a more urgent one; what it had comput
 """
 
 import heapq
+import math
 from collections import Counter
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,7 +14,7 @@ from itertools import takewhile
 from mlx_manager.inference.engine import prefix
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool, Content, Digest
 from mlx_manager.inference.engine.prefix import PrefixKeys, num_alike
-from mlx_manager.inference.engine.sequence import Sequence
+from mlx_manager.inference.engine.sequence import URGENCY, Sequence
 from mlx_manager.inference.engine.tails import Tails
 
 _MOST_BEGINNINGS = 32  # of blocks that are compared with what a newcomer goes on with
@@ -154,12 +155,15 @@ class Scheduler:
         prefill = self._hand_out(now, prefill_budget, [s for s in self.running if s.num_prefill_left])
         return Plan(tuple(preempted), tuple(admitted), tuple(forks), tuple(s for s in self.running if s.wants_decode), tuple(prefill))
 
-    def plan_first_tokens(self, now: float, prefill_budget: int, urgency: float) -> Plan:
-        """What brings those who are more urgent than `urgency` nearer to their first tokens: nothing else. Others may be in a step that is
-        not read yet, among them somebody whom one of these waits for, and who is as urgent from now on."""
+    def plan_first_tokens(self, now: float, prefill_budget: int, urgency: int) -> Plan:
+        """What brings those who are as urgent as that, or more, nearer to a token that needs no row among others: nothing else. Nobody
+        overtakes who has waited for so long that it is their turn. Others may be in a step that is not read yet, among them somebody
+        whom one of these waits for, and who is as urgent from now on."""
         preempted: list[Sequence] = []
-        admitted, forks = self._admit(now, [s for s in self.waiting if s.urgency < urgency], preempted)
-        starting = [s for s in self.running if s.urgency < urgency and s.num_computed == s.num_queued <= s.prefill_end]
+        others = min((self._rank(s, now) for s in self.waiting if s.urgency > urgency), default=(math.inf, math.inf))
+        coming = [s for s in self.waiting if s.urgency <= urgency and self._rank(s, now) < others]
+        admitted, forks = self._admit(now, coming, preempted)
+        starting = [s for s in self.running if s.urgency <= urgency and s.num_computed == s.num_queued <= s.prefill_end]
         prefill = self._hand_out(now, prefill_budget, [s for s in starting if s.num_prefill_left or self._samples(s)])
         return Plan(tuple(preempted), tuple(admitted), tuple(forks), (), tuple(prefill))
 
@@ -426,6 +430,8 @@ class Scheduler:
         new: list[tuple[int, int]] = []
         if not sequence.table:
             return new
+        if sequence.num_computed >= sequence.prefill_end:  # nobody waits for it any more
+            sequence.urgency = URGENCY[sequence.spec.priority]
         num_full = min(sequence.num_computed, len(sequence.tokens)) // BLOCK_TOKENS
         if num_full > sequence.num_published:
             self._name(sequence)

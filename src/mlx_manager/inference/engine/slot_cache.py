@@ -488,7 +488,7 @@ class SlotCache:
         old = [s if s in self._row_of else None for s in self._rows]
         under_way = () if self._last is None else self._last.rows
         rows = arranged(old, wanted, {i for i, s in enumerate(under_way) if s in awaited})
-        if rows == self._rows:
+        if rows == self._rows == old:  # else somebody is back in the row that they had left
             return rows
         self._states.arrange(rows)
         longest = max((s.num_queued for s in wanted), default=0) + 1

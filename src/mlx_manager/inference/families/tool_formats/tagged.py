@@ -10,7 +10,8 @@ from mlx_manager.inference.families.marks import overlap
 from mlx_manager.inference.families.tool_formats import json_tags
 from mlx_manager.inference.families.tool_formats.parameters import TEXT_ONLY, json_string, json_value, types_of
 
-_CDATA = "<![CDATA["
+_CDATA, _CDATA_END = "<![CDATA[", "]]>"
+_WHOLE_CDATA = re.compile(r"<!\[CDATA\[.*?\]\]>", re.DOTALL)
 _MAX_KEY = 400  # characters from the end of one value to the beginning of the next, white space before the tag aside
 
 
@@ -67,7 +68,9 @@ class TaggedFormat:
     def is_open(self, text: str) -> bool:
         if self.or_json and text.lstrip().startswith("{"):
             return json_tags.is_open(text)
-        return text.rfind(self.key_mark) > text.rfind(self.value_end)
+        if self.in_cdata:
+            text = _WHOLE_CDATA.sub("", text)
+        return text.rfind(self.key_mark) > text.rfind(self.value_end) or (self.in_cdata and _CDATA in text)
 
     def parse(self, text: str, tools: Sequence[ToolSpec]) -> Section | None:
         calls: list[Call] = []
@@ -108,6 +111,7 @@ class TaggedArguments:
         self._is_first = False  # at its beginning
         self._types: frozenset[str] = frozenset()
         self._end = its.value_end
+        self._closes = False  # a value has ended, but not its tag
         self._search_from = 0
 
     def read(self, text: str) -> tuple[str, int]:
@@ -127,6 +131,14 @@ class TaggedArguments:
         """Before a parameter, or the end of the call."""
         its, body = self._its, self._held.lstrip()
         blank = len(self._held) - len(body)
+        if self._closes:
+            if body.startswith(its.value_end):
+                self._take(blank + len(its.value_end))
+                self._closes = False
+                return True
+            if not its.value_end.startswith(body):
+                self.state = "broken"
+            return False
         if body.startswith(its.call_end):
             self._take(blank + len(its.call_end))
             out.append("}" if self._given else "{}")
@@ -157,11 +169,12 @@ class TaggedArguments:
                 return False
             self._take(1 if self._held[0] == "\n" else 0)
         if self._is_first and self._its.in_cdata:
-            if _CDATA.startswith(self._held):
+            body = self._held.lstrip()
+            if _CDATA.startswith(body):
                 return False
-            if self._held.startswith(_CDATA):
-                self._take(len(_CDATA))
-                self._end = "]]>" + self._end
+            if body.startswith(_CDATA):
+                self._take(len(self._held) - len(body) + len(_CDATA))
+                self._end = _CDATA_END
         self._is_first = False
         end = self._end
         at = self._held.find(end, self._search_from)
@@ -172,6 +185,7 @@ class TaggedArguments:
                 value = value.removesuffix("\n")
             out.append(json_string(value)[1:] if self._is_text else self._member + json_value(value, self._types))
             self._given, self._is_value, self._is_text = True, False, False
+            self._closes = end == _CDATA_END
             return True
         if self._is_text:
             certain = len(self._held) - overlap(self._held, end)

@@ -5,6 +5,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -164,7 +165,7 @@ async def test_it_comes_while_the_step_still_stands(device: Device) -> None:
             if isinstance(item, Token):
                 tokens.put_nowait(item.token)
 
-    listening: list[asyncio.Future[None]] = []
+    listening: list[Future[None]] = []
     seen: list[int] = []
 
     def hook(pending: Any, depth: int) -> None:
@@ -172,9 +173,8 @@ async def test_it_comes_while_the_step_still_stands(device: Device) -> None:
             return
         if not stands.is_set():
             stands.set()
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)
-            listening.append(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(listen(), loop), loop=loop))
-            threading.Event().wait(0.1)  # it has come by now
+            listening.append(asyncio.run_coroutine_threadsafe(listen(), loop))
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), loop).result(10)  # it has come by now
         elif not seen:  # the next layer of the same step
             seen.append(asyncio.run_coroutine_threadsafe(tokens.get(), loop).result(10))
 
@@ -182,7 +182,7 @@ async def test_it_comes_while_the_step_still_stands(device: Device) -> None:
         await expect_others(engine)
         between_layers(engine, hook)
         await within(receive(engine, [asking(words(lot, 9), 4, "low")]))
-        await within(asyncio.wait_for(listening[0], 10))
+        await within(asyncio.wrap_future(listening[0]))
     assert seen == (await single_run(device, "llama", high))[:1]
 
 

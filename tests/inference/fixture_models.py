@@ -1,6 +1,7 @@
 """The fixture models by family: their folders, dialects and weights, each read once for all tests."""
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import cache
@@ -107,6 +108,11 @@ async def receive(engine: Engine, specs: list[SequenceSpec]) -> list[Received]:
             case Ended(index):
                 received[index].ended = item
     return received
+
+
+def words(lot: random.Random, count: int) -> tuple[int, ...]:
+    """Ordinary tokens of every family."""
+    return tuple(lot.randrange(300, 500) for _ in range(count))
 
 
 async def eventually(condition: Callable[[], bool], *, within_s: float = 10) -> None:

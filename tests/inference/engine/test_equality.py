@@ -11,7 +11,7 @@ from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.sampling import Sampler
 from mlx_manager.inference.engine.sequence import SequenceSpec
 from tests.inference import fixture_models
-from tests.inference.fixture_models import FAMILIES, GREEDY, attached, dialect, make_engine, receive, single_run, weights, within
+from tests.inference.fixture_models import GREEDY, attached, dialect, make_engine, receive, single_run, within
 
 pytestmark = pytest.mark.requirement("BATCH-01", "9.1", "P.1")
 
@@ -20,12 +20,6 @@ pytestmark = pytest.mark.requirement("BATCH-01", "9.1", "P.1")
 def is_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(fixture_models, "is_ahead", request.param == "ahead")
     return request.param == "ahead"
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    weights(request.param)
-    return request.param
 
 
 def prompts(family: str, count: int, *, shortest: int = 2, longest: int = 60) -> list[SequenceSpec]:

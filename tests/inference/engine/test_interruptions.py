@@ -15,26 +15,11 @@ from mlx_manager.core.requests import Priority
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine, TokenStream
 from mlx_manager.inference.engine.sequence import SequenceSpec, Token
-from tests.inference.fixture_models import FAMILIES, GREEDY, attached, eventually, make_engine, receive, single_run, weights, within
+from tests.inference.fixture_models import GREEDY, attached, eventually, make_engine, receive, single_run, within, words
 
 pytestmark = pytest.mark.requirement("BATCH-04")
 
 Hook = Callable[[Any, int], None]
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    weights(request.param)
-    return request.param
-
-
-@pytest.fixture
-def lot(family: str) -> random.Random:
-    return random.Random(family)
-
-
-def words(lot: random.Random, count: int) -> tuple[int, ...]:
-    return tuple(lot.randrange(300, 1000) for _ in range(count))
 
 
 def asking(prompt: tuple[int, ...], max_tokens: int, priority: Priority) -> SequenceSpec:

@@ -12,7 +12,7 @@ from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.paged_attention import backend
 from mlx_manager.inference.engine.sequence import SequenceSpec, TokenSampling
 from tests.inference import fixture_models
-from tests.inference.fixture_models import FAMILIES, GREEDY, Received, attached, make_engine, receive, single_run, weights, within
+from tests.inference.fixture_models import GREEDY, Received, attached, make_engine, receive, single_run, within, words
 
 BLOCK = 32
 
@@ -21,21 +21,6 @@ BLOCK = 32
 def is_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(fixture_models, "is_ahead", request.param == "ahead")
     return request.param == "ahead"
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    weights(request.param)
-    return request.param
-
-
-@pytest.fixture
-def lot(family: str) -> random.Random:
-    return random.Random(family)
-
-
-def words(lot: random.Random, count: int) -> tuple[int, ...]:
-    return tuple(lot.randrange(300, 500) for _ in range(count))
 
 
 def asking(prompt: tuple[int, ...], max_tokens: int = 6) -> SequenceSpec:

@@ -265,7 +265,7 @@ def test_the_one_text_of_a_tool_matches_its_regular_expression(spelling: str, mo
         assert re.fullmatch(pattern, arguments["input"]), written
 
 
-@pytest.mark.parametrize("spelling", ["glm4", "qwen3-coder", "minimax", "deepseek v3.2", "longcat"])
+@pytest.mark.parametrize("spelling", ["glm4", "qwen3-coder", "minimax", "deepseek v3.2", "longcat", "minicpm"])
 def test_the_one_text_of_a_tool_matches_its_grammar_where_calls_hold_plain_text(spelling: str) -> None:
     family = spelling if spelling in FAMILIES else "qwen3"
     spoken = dialect(family) if spelling in FAMILIES else replace(dialect(family), family=SPELLINGS[spelling])

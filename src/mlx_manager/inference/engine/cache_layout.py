@@ -234,6 +234,11 @@ def device_array(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(array).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(array)
 
 
+def state_arrays(caches: Items[ArraysCache]) -> list[mx.array]:
+    """What these caches hold by now."""
+    return [a for cache in caches for a in cache.cache if a is not None]
+
+
 def _state_name(layer: int, place: int, array: mx.array) -> str:
     return f"state.{layer}.{place}.{_DTYPE_NAMES[array.dtype]}"
 

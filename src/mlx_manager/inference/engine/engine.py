@@ -439,13 +439,12 @@ class Engine:
             self._run(plan)
 
     def _hurry(self, urgency: int) -> bool:
-        """A pass for the first tokens of the most urgent, if they are more urgent than that. Now and then others get on all the same."""
-        starting = self._starting()
-        most = min((s.urgency for s in starting), default=urgency)
-        if most >= urgency or self._num_hurried >= _MOST_HURRIED:
+        """A pass for the first tokens of the most urgent, if they are more urgent than that."""
+        urgent = self._more_urgent(urgency)
+        if urgent is None:
             return False
-        budget = sum(s.num_prefill_left for s in starting if s.urgency == most)
-        plan = self._scheduler.plan_first_tokens(time.monotonic(), max(1, min(self._pace.max_budget, budget)), most)
+        most, num_tokens = urgent
+        plan = self._scheduler.plan_first_tokens(time.monotonic(), max(1, num_tokens), most)
         if plan.is_empty:
             return False
         self._num_hurried += 1
@@ -492,14 +491,20 @@ class Engine:
 
     def _budget(self) -> int:
         """Prompt tokens for the next step. Where somebody waits for a first token who is more urgent than all who decode, it is for that
-        prompt alone: what others would have computed beside it is what it would wait for. Now and then others get on all the same."""
-        starting, decoding = self._starting(), self._decoding()
-        most = min((s.urgency for s in starting), default=0)
-        if not decoding or most >= min(s.urgency for s in decoding) or self._num_hurried >= _MOST_HURRIED:
-            self._num_hurried = 0
-            return self._usual_budget()
-        self._num_hurried += 1
-        return min(self._pace.max_budget, sum(s.num_prefill_left for s in starting if s.urgency == most))
+        prompt alone: what others would have computed beside it is what it would wait for."""
+        decoding = self._decoding()
+        urgent = self._more_urgent(min(s.urgency for s in decoding)) if decoding else None
+        self._num_hurried = 0 if urgent is None else self._num_hurried + 1
+        return self._usual_budget() if urgent is None else urgent[1]
+
+    def _more_urgent(self, urgency: int) -> tuple[int, int] | None:
+        """How urgent the most urgent are who wait for a first token, if more than that, and how many tokens of their prompts a pass may
+        compute. Now and then others get on all the same."""
+        starting = self._starting()
+        most = min((s.urgency for s in starting), default=urgency)
+        if most >= urgency or self._num_hurried >= _MOST_HURRIED:
+            return None
+        return most, min(self._pace.max_budget, sum(s.num_prefill_left for s in starting if s.urgency == most))
 
     def _usual_budget(self) -> int:
         starting = self._starting()

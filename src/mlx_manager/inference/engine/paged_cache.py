@@ -34,6 +34,7 @@ from mlx_manager.inference.engine.cache_layout import (
     layout,
     prompt_inputs,
     shifted,
+    state_arrays,
 )
 from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, attend_both_ways, is_supported, self_test
 from mlx_manager.inference.engine.scheduler import Chunk
@@ -176,10 +177,10 @@ class Tables:
 
 @dataclass(slots=True)
 class QueuedPass:
-    """A pass that has been queued: done when `made` is there. `states` are those at its end, where a block ends there."""
+    """A pass that has been queued: done when `made` is there. `snapshot` is of the states at its end, where a block ends there."""
 
     made: list[mx.array]
-    states: list[State] | None = None
+    snapshot: list[State] | None = None
     logits: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
@@ -297,7 +298,7 @@ class PagedCache:
             inputs = mx.pad(inputs, [(0, 0), (0, padded_tokens(stop - start) - (stop - start))])
         with head.only([stop - start - 1] if chunk.samples else None):
             logits = self._run(inputs, blocks, ChunkLayer, states)
-        made = self._epochs() + _arrays(states)
+        made = self._epochs() + state_arrays(states)
         snapshot = self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None
         return QueuedPass(made, snapshot, logits[:, -1] if chunk.samples else None)
 
@@ -324,7 +325,7 @@ class PagedCache:
         logits, epochs = self._decode(inputs, tables, mx.array(lengths), offsets, self._epochs())
         for pool, epoch in zip(self._pools, epochs, strict=True):
             pool.epoch = epoch
-        return logits[:num_rows], QueuedPass(epochs + _arrays(self._states.rows))
+        return logits[:num_rows], QueuedPass(epochs + state_arrays(self._states.rows))
 
     def _decode(self, *described: Any) -> tuple[mx.array, list[mx.array]]:
         if self._compiled is not None:
@@ -352,8 +353,8 @@ class PagedCache:
 
     def save(self, sequence: Sequence, index: int, block: int, chunk: QueuedPass | None) -> None:
         """Its keys and values are where others find them; a state is only there at the end of a chunk."""
-        if chunk is not None and chunk.states is not None:
-            self._states.save(block, chunk.states)
+        if chunk is not None and chunk.snapshot is not None:
+            self._states.save(block, chunk.snapshot)
 
     def drop(self, block: int) -> None:
         """Nobody can find this block any more."""
@@ -424,7 +425,3 @@ def _check(layer: Layer, group: Group) -> None:
 def _pool(group: Group, num_blocks: int) -> Pool:
     shape = (num_blocks, group.num_heads, BLOCK_TOKENS, group.key_dim)
     return Pool(mx.zeros(shape, group.dtype), mx.zeros(shape, group.dtype))
-
-
-def _arrays(states: Items[Any]) -> list[mx.array]:
-    return [a for cache in states for a in cache.cache if a is not None]

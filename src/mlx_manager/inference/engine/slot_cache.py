@@ -36,6 +36,7 @@ from mlx_manager.inference.engine.cache_layout import (
     prefill_mask,
     prompt_inputs,
     shifted,
+    state_arrays,
 )
 from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
@@ -478,9 +479,8 @@ class SlotCache:
         caches, states = self._prefilling[sequence], self._states.of(sequence)
         with head.only([stop - start - 1] if chunk.samples else None):
             logits = self._run(prompt_inputs(self._model, sequence, start, stop), caches, states)
-        left = [a for cache in states for a in cache.cache if a is not None]
         snapshot = self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None
-        return QueuedChunk([cache.parts[-1] for cache in caches], left, snapshot, logits[:, -1] if chunk.samples else None)
+        return QueuedChunk([cache.parts[-1] for cache in caches], state_arrays(states), snapshot, logits[:, -1] if chunk.samples else None)
 
     def arrange(self, wanted: Items[Sequence], awaited: set[Sequence]) -> list[Sequence | None]:
         """Gives each of `wanted` a row; who stays keeps theirs if possible. `awaited` are those of whom the step under way computes

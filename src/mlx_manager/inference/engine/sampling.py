@@ -1,7 +1,8 @@
 """The next token of every row, in one graph, whatever each row asked for.
 
-Randomness comes from the request's seed and the token's position alone (`uniform`), so a seeded request draws the same
-numbers in any batch. Top-k, top-p and min-p each cut the distribution at a probability; the cuts are found by bisection,
+Randomness comes from the request's seed and the token's position alone (`key`), so a seeded request draws the same
+numbers in any batch. Each token of the vocabulary has a number of its own in a race that the most probable wins most often: where the
+sums of another batch round differently, only two that come in at the same time can change places. Top-k, top-p and min-p each cut the distribution at a probability; the cuts are found by bisection,
 so nothing is sorted. Order: logit bias, penalties, temperature, min-p, top-k, top-p (of what top-k left).
 """
 # pyright: basic
@@ -18,18 +19,20 @@ from mlx_manager.inference.engine.sequence import Sequence, TokenSampling
 _MASK = 2**64 - 1
 # Halvings of [0, 1]: the cut is found to 2^-32 of the likeliest token's probability, finer than float32 tells apart.
 _BISECTIONS = 32
+# Half of the smallest step of 32 bits: draws are in [0, 1), and 0 would come before all others, whatever its weight.
+_SMALLEST_DRAW = 2.0**-33
 # Below this a draw is the likeliest token to the last bit of float32, and dividing by less overflows.
 _COLDEST = 1e-6
 _NOBODY = TokenSampling(seed=0, temperature=0.0)
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in (0, 1] that depends on both arguments and on nothing else (SplitMix64)."""
+def key(seed: int, position: int) -> tuple[int, int]:
+    """A key of MLX's generator, two times 32 bits, that depends on both arguments and on nothing else (SplitMix64)."""
     z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1342543DE82EF95) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     z ^= z >> 31
-    return ((z >> 40) + 1) / 2**24  # 24 bits: exact in float32
+    return z >> 32, z & 0xFFFFFFFF
 
 
 @dataclass(slots=True)
@@ -118,10 +121,8 @@ class Sampler:
             logits = mx.where(self._allowed(masks), logits, -mx.inf)
         tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
         if not self._all_greedy:
-            draws = mx.array(
-                np.asarray([1.0 if s is None else uniform(s.spec.sampling.seed, s.num_sampled) for s in self._rows], np.float32)
-            )
-            tokens = mx.where(self._greedy, tokens, self._drawn(logits, draws))
+            keys = [(0, 0) if s is None else key(s.spec.sampling.seed, s.num_sampled) for s in self._rows]
+            tokens = mx.where(self._greedy, tokens, self._drawn(logits, mx.array(np.asarray(keys, np.uint32))))
         if self._counts is not None:
             self._counts = self._counts.at[mx.arange(len(self._rows)), tokens].add(1.0)
         return self._with_logprobs(raw, tokens)
@@ -141,14 +142,14 @@ class Sampler:
         logits = mx.where(generated | self._in_prompt, rescaled, logits)
         return logits - self._frequency * self._counts - self._presence * generated
 
-    def _drawn(self, logits: mx.array, draws: mx.array) -> mx.array:
+    def _drawn(self, logits: mx.array, keys: mx.array) -> mx.array:
+        """One token a row, by the weights. The time that a token takes to come is exponential, and its mean the inverse of its weight: the
+        first to come is each of them as often as its share of the weights says."""
         weights = cpu_math.weights(logits / self._temperature)  # the likeliest token weighs 1
         if self._filters:
             weights = self._filtered(weights)
-        # A parallel scan may round its way up over a token of no weight: such a token is never reached.
-        cumulative = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0.0)
-        reached = cumulative >= draws[:, None] * mx.max(cumulative, axis=-1, keepdims=True)
-        return mx.argmax(reached, axis=-1).astype(mx.int32)
+        draws = mx.vmap(lambda key: mx.random.uniform(shape=(logits.shape[1],), key=key))(keys) + _SMALLEST_DRAW
+        return mx.argmax(weights / -mx.log1p(-draws), axis=-1).astype(mx.int32)
 
     def _filtered(self, weights: mx.array) -> mx.array:
         weights = mx.where(weights >= self._min_p, weights, 0.0)

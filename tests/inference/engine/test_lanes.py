@@ -4,12 +4,13 @@ import logging
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.models import gemma2
 
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.lanes import choose_cache, num_blocks_within
-from mlx_manager.inference.engine.paged_attention import Pool, Reference
+from mlx_manager.inference.engine.paged_attention import Chunks, Pool, Reference
 from tests.inference.fixture_models import weights
 
 KV_BYTES = 8 << 20
@@ -35,9 +36,14 @@ class ForgetsTheWindow(Reference):
         return super().append_and_attend(*args, **{**kwargs, "window": 0})
 
 
+def one_on(chunks: Chunks) -> Chunks:
+    first, start, stop = zip(*chunks.spans, strict=True)
+    return Chunks(first, [s + 1 for s in start], [s + 1 for s in stop], [[int(b) for b in row] for row in np.array(chunks.table)])
+
+
 class WritesOneTooFar(Reference):
-    def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
-        super().write(keys, values, pool, table, start + 1)
+    def write(self, keys: mx.array, values: mx.array, pool: Pool, chunks: Chunks) -> None:
+        super().write(keys, values, pool, one_on(chunks))
 
 
 class Fails(Reference):

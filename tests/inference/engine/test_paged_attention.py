@@ -12,7 +12,17 @@ import pytest
 
 from mlx_manager.inference.engine import paged_attention
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
-from mlx_manager.inference.engine.paged_attention import Kernels, PagedAttention, Pool, Reference, is_supported, num_splits, self_test
+from mlx_manager.inference.engine.paged_attention import (
+    Chunks,
+    Kernels,
+    PagedAttention,
+    Pool,
+    Reference,
+    as_tokens,
+    is_supported,
+    num_splits,
+    self_test,
+)
 from mlx_manager.inference.engine.paged_kernels import APPEND_AND_ATTEND, WRITE
 from tests.inference.engine.metal_shim import Shim, metal_source, why_not
 
@@ -182,9 +192,12 @@ def test_chunks_are_kept_read_back_and_attended_to(name: str, request: pytest.Fi
 
     def chunk(row: int, length: int) -> None:
         keys, values = world.some(2, length, 64), world.some(2, length, 64)
-        # A model's chunk is a transposed view.
-        views = [world.array(array.swapaxes(0, 1)[None]).swapaxes(1, 2) for array in (keys, values)]
-        attention.write(views[0], views[1], world.pool, world.table(row), world.lengths[row])
+        # A model's chunk is a transposed view; it is not all that there is in a pass.
+        views = [as_tokens(world.array(array[None])) for array in (keys, values)]
+        around = [mx.concatenate([mx.zeros_like(view[:1]), view, view]) for view in views]
+        start = world.lengths[row]
+        own = Chunks([1], [start], [start + length], [world.tables[row].tolist()])
+        attention.write(around[0], around[1], world.pool, own)
         world.append(row, keys, values)
 
     chunk(0, 45)
@@ -239,11 +252,11 @@ def test_a_row_that_fills_up_a_batch_writes_into_the_null_block_alone(name: str,
 
 def exercise(attention: PagedAttention, pool: Pool) -> None:
     """Every kind of use of a pool; of a row's attention one in parts, one in one."""
-    keys = mx.zeros((1, 2, 5, 64))
+    keys = mx.zeros((5, 2, 1, 64))
     one = mx.zeros((1, 2, 1, 64))
-    attention.write(keys, keys, pool, mx.array([[1, 2]], mx.int32), 30)
+    attention.write(keys, keys, pool, Chunks.one(30, 35, [1, 2]))
     attention.append_and_attend(one, one, one, pool, mx.array([[1, 2]], mx.int32), mx.array([35], mx.int32), scale=1.0)
-    attention.write(keys, keys, pool, mx.array([[1, 2]], mx.int32), 36)
+    attention.write(keys, keys, pool, Chunks.one(36, 41, [1, 2]))
     attention.gather(pool, mx.array([[1, 2]], mx.int32), 41)
     attention.copy_block(pool, 1, 2)
     attention.append_and_attend(one, one, one, pool, mx.array([[1] * 16], mx.int32), mx.array([100], mx.int32), scale=1.0)
@@ -338,13 +351,15 @@ class KeepsNoNewToken(Reference):
 
 
 class WritesOneSlotOn(Reference):
-    def write(self, keys: Any, values: Any, pool: Pool, table: Any, start: int) -> None:
-        super().write(keys, values, pool, table, start + 1)
+    def write(self, keys: Any, values: Any, pool: Pool, chunks: Chunks) -> None:
+        first, start, stop = zip(*chunks.spans, strict=True)
+        blocks = [[int(b) for b in row] for row in np.array(chunks.table)]
+        super().write(keys, values, pool, Chunks(first, [s + 1 for s in start], [s + 1 for s in stop], blocks))
 
 
 class WritesWhereNobodyLooks(Reference):
-    def write(self, keys: Any, values: Any, pool: Pool, table: Any, start: int) -> None:
-        super().write(keys, values, pool, table, start)
+    def write(self, keys: Any, values: Any, pool: Pool, chunks: Chunks) -> None:
+        super().write(keys, values, pool, chunks)
         pool.values[:] = mx.where(mx.isnan(pool.values), 0.0, pool.values)
 
 

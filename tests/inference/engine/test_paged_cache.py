@@ -25,7 +25,7 @@ from mlx_manager.inference.engine.cache_layout import UnsupportedCache
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.pace import Pace
-from mlx_manager.inference.engine.paged_attention import Kernels, PagedAttention, Pool, Reference
+from mlx_manager.inference.engine.paged_attention import Chunks, Kernels, PagedAttention, Pool, Reference
 from mlx_manager.inference.engine.paged_cache import PagedCache, padded_rows, padded_width
 from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.runner import KVCache, Runner
@@ -216,8 +216,8 @@ def test_who_waits_for_a_pass_waits_for_every_layer(kind: str) -> None:
     class Seen(Reference):
         pools: list[Pool] = field(default_factory=list[Pool])
 
-        def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
-            super().write(keys, values, pool, table, start)
+        def write(self, keys: mx.array, values: mx.array, pool: Pool, chunks: Chunks) -> None:
+            super().write(keys, values, pool, chunks)
             self.pools.append(pool)
 
     attention = Seen()
@@ -229,7 +229,7 @@ def test_who_waits_for_a_pass_waits_for_every_layer(kind: str) -> None:
     sequence.num_queued = 2
     if kind == "row":
         cache.arrange([sequence], set())
-        _, queued = cache.forward(mx.array([4], dtype=mx.int32))
+        _, queued, _ = cache.forward(mx.array([4], dtype=mx.int32))
     assert len(attention.pools) == 4
     assert {id(pool.epoch) for pool in attention.pools} <= {id(a) for a in queued.arrays()}
 
@@ -413,7 +413,7 @@ def test_a_row_that_comes_back_at_once_has_its_new_blocks_and_state(hybrid: Hybr
 
     def decode() -> mx.array:
         assert cache.arrange([stays, comes_back], set()) == [stays, comes_back]
-        logits, step = cache.forward(mx.array([spec.prompt[-1]] * 2, dtype=mx.int32))
+        logits, step, _ = cache.forward(mx.array([spec.prompt[-1]] * 2, dtype=mx.int32))
         mx.eval(logits, step.arrays())
         return logits
 

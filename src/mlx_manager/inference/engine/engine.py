@@ -410,6 +410,8 @@ class Engine:
         if self._pending is not None and self._is_awaited(self._pending):
             awaited, self._pending = self._pending, None
             self._read(awaited)
+            self.flush()
+            self._let_in()  # whoever came meanwhile may be the one
         plan = self._plan(self._budget())
         queued_at = time.monotonic()
         queued = None if plan.is_empty else self._runner.queue(plan, self._pending)
@@ -524,11 +526,12 @@ class Engine:
         return [s for s in self._scheduler.running if s.wants_decode and s.first_token is not None]
 
     def _is_awaited(self, pending: PendingStep) -> bool:
-        """Whether a step completes the prompt of somebody more urgent than all whose tokens it makes: the next step is for the first token
-        of that one, and may not be planned without it."""
+        """Whether the next step may not be planned before this one is read: it may be for the first token of somebody more urgent than all
+        who decode, whose prompt this one completes, or who is likely to come before its end. A step that is queued behind another
+        can only be waited for."""
         rows = [s.urgency for s in pending.rows if s is not None]
-        done = [c.sequence.urgency for c, _ in pending.chunks if c.stop == c.sequence.prefill_end]
-        return bool(rows and done) and min(done) < min(rows)
+        done = [c.sequence.urgency for c, _ in pending.chunks if c.stop >= c.sequence.prefill_end]
+        return bool(rows) and (min(done, default=min(rows)) < min(rows) or self._expects(min(rows)))
 
     def _read(self, pending: PendingStep) -> None:
         tokens = self._runner.read(pending)

@@ -1,8 +1,8 @@
-"""Logits of one token of a prompt and not of all of them, without a line of a model changed: what it multiplies with its vocabulary is
-cut down on the way in. A vocabulary of 150,000 tokens can be half of what a small model computes."""
+"""Logits of the tokens that are followed by a sampled one, and not of all, without a line of a model changed: what it multiplies with its
+vocabulary is cut down on the way in. A vocabulary of 150,000 tokens can be half of what a small model computes."""
 # pyright: basic
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from functools import cache
@@ -16,18 +16,36 @@ _PROMPT = (3, 14, 15, 92)
 _AT = 2
 _TOLERANCE = 1e-2  # of the largest logit: another token's are another matter altogether
 
-_wanted: mx.array | None = None  # [B]; set while a pass is described, on the device thread
+_cut: Callable[[mx.array], mx.array] | None = None  # set while a pass is described, on the device thread
 
 
 @contextmanager
 def only(positions: Items[int] | None) -> Generator[None]:
     """Models that `install` said yes to give logits [B, 1, V] of the token at its position in each of B rows. None: of all."""
-    global _wanted  # noqa: PLW0603 - between the pass and the innermost of the model's modules there is only the model
-    _wanted = None if positions is None else mx.array(list(positions), dtype=mx.int32)
+    if positions is None:
+        yield
+        return
+    at = mx.array(list(positions), dtype=mx.int32)[:, None]
+    with _cutting_down(lambda x: x[mx.arange(x.shape[0])[:, None], at]):
+        yield
+
+
+@contextmanager
+def of_rows(rows: Items[int]) -> Generator[None]:
+    """They give logits of these rows [R, L, V] of B."""
+    at = mx.array(list(rows), dtype=mx.int32)
+    with _cutting_down(lambda x: x[at]):
+        yield
+
+
+@contextmanager
+def _cutting_down(cut: Callable[[mx.array], mx.array]) -> Generator[None]:
+    global _cut  # noqa: PLW0603 - between the pass and the innermost of the model's modules there is only the model
+    _cut = cut
     try:
         yield
     finally:
-        _wanted = None
+        _cut = None
 
 
 def install(model: Any) -> bool:
@@ -55,8 +73,6 @@ def _cutting(kind: type, method: str) -> type:
         return kind
 
     def cut(self: Any, x: mx.array) -> mx.array:
-        if _wanted is not None:
-            x = x[mx.arange(x.shape[0])[:, None], _wanted[:, None]]
-        return getattr(kind, method)(self, x)
+        return getattr(kind, method)(self, x if _cut is None else _cut(x))
 
     return type(kind.__name__, (kind,), {method: cut, "cuts": True})

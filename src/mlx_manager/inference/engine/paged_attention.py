@@ -10,7 +10,7 @@ Inside `mx.compile` the epochs are inputs and outputs of the compiled function: 
 # pyright: basic
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.cache_layout import both_ways_mask, first_in_sight, prefill_mask
 from mlx_manager.inference.engine.paged_kernels import (
     APPEND_AND_ATTEND,
-    ATTEND_CHUNK,
+    ATTEND_CHUNKS,
     COPY_BLOCK,
     GATHER,
     REDUCE,
@@ -55,16 +55,38 @@ class Pool:
     epoch: mx.array = field(default_factory=lambda: mx.array([0], mx.int32))
 
 
+class Chunks:
+    """Where chunks of prompts come from and go to. Of the tokens of a pass, those from `first[c]` on are tokens `start[c]` … `stop[c]` of
+    a sequence; its blocks, in the order of their tokens, are `blocks[c]` here and row c of `table` int32 [C, W] on the device."""
+
+    def __init__(self, first: Sequence[int], start: Sequence[int], stop: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
+        self.spans = tuple(zip(first, start, stop, strict=True))
+        widest = max(len(row) for row in blocks)
+        self.table = mx.array([[*row, *[0] * (widest - len(row))] for row in blocks], dtype=mx.int32)
+        self.on_device = mx.array(self.spans, dtype=mx.int32)
+
+    @classmethod
+    def one(cls, start: int, stop: int, blocks: Sequence[int]) -> "Chunks":
+        return cls([0], [start], [stop], [blocks])
+
+    @property
+    def longest(self) -> int:
+        """In tokens."""
+        return max(stop - start for _, start, stop in self.spans)
+
+
 class PagedAttention(Protocol):
     """All methods queue work and return at once. Whatever is queued on one pool happens in the order of the calls.
 
-    B rows, L tokens, Hq query heads, H key/value heads, D their size, W blocks in a table. `table` int32 [B, W] are the rows'
+    B rows, T tokens of a pass, Hq query heads, H key/value heads, D their size, W blocks in a table. `table` int32 [B, W] are the rows'
     blocks in the order of their tokens; `lengths` int32 [B] how many tokens are in the pool. Keys, values and queries share the
     pool's dtype.
     """
 
     can_be_compiled: bool
     """Whether it may be called inside `mx.compile`."""
+    plans_lengths: bool
+    """Whether the device plans products anew for each number of tokens, so that passes are better of a few lengths."""
 
     def append_and_attend(
         self,
@@ -87,31 +109,24 @@ class PagedAttention(Protocol):
         """
         ...
 
-    def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
-        """Puts a chunk [1, H, L, D] at positions `start` … of the one row of `table` [1, W]."""
+    def write(self, keys: mx.array, values: mx.array, pool: Pool, chunks: Chunks) -> None:
+        """Puts what is of `chunks` in `keys` and `values` [T, H, 1, D] where it belongs."""
         ...
 
-    def takes_padding(self, pool: Pool) -> bool:
-        """Whether `attend_chunk` gains from chunks of few different lengths, filled up with tokens that nobody looks at."""
-        ...
-
-    def attend_chunk(
+    def attend_chunks(
         self,
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
         pool: Pool,
-        table: mx.array,
-        start: int,
-        stop: int,
+        chunks: Chunks,
         *,
         scale: float,
         window: int = 0,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """Puts the first `stop - start` tokens of `keys` and `values` [1, H, L, D] at positions `start` … of the one row of `table` [1, W],
-        and gives what their `queries` [1, Hq, L, D] attend to, [1, Hq, L, D]: each token itself and those before it, with a `window` the
-        last `window` of these. Only where it `takes_padding` may L be more; what comes of the rest means nothing."""
+        """The same, and gives what the `queries` [T, Hq, 1, D] attend to, [T, Hq, 1, D]: each token of a chunk itself and those before it
+        in its sequence, with a `window` the last `window` of these. What comes of tokens of no chunk means nothing."""
         ...
 
     def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
@@ -148,6 +163,7 @@ class Kernels:
     """`PagedAttention` in place, on the GPU. Tests hand in what stands for `mx.fast.metal_kernel` or `mx.fast.cuda_kernel`."""
 
     can_be_compiled = True
+    plans_lengths: bool
 
     def __init__(self, backend: Backend, make_kernel: Callable[..., Any] | None = None) -> None:
         if make_kernel is None:
@@ -159,10 +175,11 @@ class Kernels:
         self._append_and_attend = made(APPEND_AND_ATTEND)
         self._reduce = made(REDUCE)
         self._write = made(WRITE)
-        self._attend_chunk = made(ATTEND_CHUNK) if backend == "cuda" else None
+        self._attend_chunks = made(ATTEND_CHUNKS) if backend == "cuda" else None
         self._gather = made(GATHER)
         self._copy_block = made(COPY_BLOCK)
         self._scales: dict[float, mx.array] = {}
+        self.plans_lengths = backend == "cuda"
 
     def append_and_attend(
         self,
@@ -236,36 +253,47 @@ class Kernels:
             output_dtypes=[queries.dtype],
         )[0]
 
-    def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
-        self._put(keys, values, pool, table, mx.array([start, start + keys.shape[2]], mx.int32))
+    def write(self, keys: mx.array, values: mx.array, pool: Pool, chunks: Chunks) -> None:
+        head_dim = pool.keys.shape[3]
+        (pool.epoch,) = self._write(
+            inputs=[keys, values, pool.keys, pool.values, chunks.table, chunks.on_device, pool.epoch],
+            template=_template(pool),
+            grid=(_whole_groups(chunks.longest * head_dim // 8), keys.shape[1], len(chunks.spans)),
+            threadgroup=(_COPY_THREADS, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.int32],
+        )
 
-    def takes_padding(self, pool: Pool) -> bool:
-        return self._attend_chunk is not None and pool.keys.dtype.size == 2 and pool.keys.shape[3] in _CHUNK_HEAD_DIMS
-
-    def attend_chunk(
+    def attend_chunks(
         self,
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
         pool: Pool,
-        table: mx.array,
-        start: int,
-        stop: int,
+        chunks: Chunks,
         *,
         scale: float,
         window: int = 0,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if self._attend_chunk is None or not self.takes_padding(pool):
-            return _attend_gathered(self, queries, keys, values, pool, table, start, stop, scale, window, sinks)
-        _, query_heads, num_tokens, head_dim = queries.shape
-        kv_heads = pool.keys.shape[1]
-        span = mx.array([start, stop], mx.int32)
-        self._put(keys, values, pool, table, span)
+        head_dim = pool.keys.shape[3]
+        if self._attend_chunks is None or pool.keys.dtype.size != 2 or head_dim not in _CHUNK_HEAD_DIMS:
+            return _attend_one_by_one(self, queries, keys, values, pool, chunks, scale, window, sinks)
+        self.write(keys, values, pool, chunks)
+        query_heads, kv_heads = queries.shape[1], pool.keys.shape[1]
         scales = self._scale(scale)
-        num_tiles = -(-num_tokens * (query_heads // kv_heads) // _CHUNK_ROWS)
-        out, pool.epoch = self._attend_chunk(
-            inputs=[queries, pool.keys, pool.values, table, span, scales, scales if sinks is None else sinks, pool.epoch],
+        num_tiles = -(-chunks.longest * (query_heads // kv_heads) // _CHUNK_ROWS)
+        out, pool.epoch = self._attend_chunks(
+            inputs=[
+                queries,
+                pool.keys,
+                pool.values,
+                chunks.table,
+                chunks.on_device,
+                scales,
+                scales if sinks is None else sinks,
+                pool.epoch,
+            ],
             template=[
                 ("T", queries.dtype),
                 ("SINK", mx.float32 if sinks is None else sinks.dtype),
@@ -277,7 +305,7 @@ class Kernels:
                 ("SINKS", sinks is not None),
                 ("IS_HALF", queries.dtype == mx.float16),
             ],
-            grid=(_CHUNK_THREADS, num_tiles, kv_heads),
+            grid=(_CHUNK_THREADS, num_tiles, kv_heads * len(chunks.spans)),
             threadgroup=(_CHUNK_THREADS, 1, 1),
             output_shapes=[queries.shape, (1,)],
             output_dtypes=[queries.dtype, mx.int32],
@@ -288,17 +316,6 @@ class Kernels:
         if scale not in self._scales:
             self._scales[scale] = mx.array([scale], mx.float32)
         return self._scales[scale]
-
-    def _put(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, span: mx.array) -> None:
-        _, kv_heads, num_tokens, head_dim = keys.shape
-        (pool.epoch,) = self._write(
-            inputs=[keys, values, pool.keys, pool.values, table, span, pool.epoch],
-            template=_template(pool),
-            grid=(_whole_groups(num_tokens * head_dim // 8), kv_heads, 1),
-            threadgroup=(_COPY_THREADS, 1, 1),
-            output_shapes=[(1,)],
-            output_dtypes=[mx.int32],
-        )
 
     def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
         _, kv_heads, _, head_dim = pool.keys.shape
@@ -341,6 +358,7 @@ class Reference:
     """
 
     can_be_compiled = False
+    plans_lengths = True
 
     def append_and_attend(
         self,
@@ -374,32 +392,25 @@ class Reference:
             sinks=None if sinks is None else sinks.astype(mx.float32),
         ).astype(queries.dtype)
 
-    def write(self, keys: mx.array, values: mx.array, pool: Pool, table: mx.array, start: int) -> None:
-        positions = mx.arange(start, start + keys.shape[2])
-        blocks = table[0][positions // BLOCK_TOKENS]
-        _put(pool, blocks, positions % BLOCK_TOKENS, keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1))
+    def write(self, keys: mx.array, values: mx.array, pool: Pool, chunks: Chunks) -> None:
+        for c, (first, start, stop) in enumerate(chunks.spans):
+            positions = mx.arange(start, stop)
+            own = slice(first, first + stop - start)
+            _put(pool, chunks.table[c][positions // BLOCK_TOKENS], positions % BLOCK_TOKENS, keys[own, :, 0], values[own, :, 0])
 
-    def takes_padding(self, pool: Pool) -> bool:
-        return True
-
-    def attend_chunk(
+    def attend_chunks(
         self,
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
         pool: Pool,
-        table: mx.array,
-        start: int,
-        stop: int,
+        chunks: Chunks,
         *,
         scale: float,
         window: int = 0,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        num_tokens = queries.shape[2]
-        queries, keys, values = (array[:, :, : stop - start] for array in (queries, keys, values))
-        result = _attend_gathered(self, queries, keys, values, pool, table, start, stop, scale, window, sinks)
-        return mx.pad(result, [(0, 0), (0, 0), (0, num_tokens - (stop - start)), (0, 0)])
+        return _attend_one_by_one(self, queries, keys, values, pool, chunks, scale, window, sinks)
 
     def gather(self, pool: Pool, table: mx.array, length: int) -> tuple[mx.array, mx.array]:
         return _pages(pool.keys, table)[:, :, :length], _pages(pool.values, table)[:, :, :length]
@@ -410,23 +421,27 @@ class Reference:
         _after_write(pool)
 
 
-def _attend_gathered(
+def _attend_one_by_one(
     attention: PagedAttention,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     pool: Pool,
-    table: mx.array,
-    start: int,
-    stop: int,
+    chunks: Chunks,
     scale: float,
     window: int,
     sinks: mx.array | None,
 ) -> mx.array:
-    """`attend_chunk` by MLX's own attention, on a copy of what comes before the chunk."""
-    first = first_in_sight(start, window or None)
-    mask = prefill_mask(stop - start, start - first, window or None, return_array=False)
-    return _attend_masked(attention, queries, keys, values, pool, table, start, stop, first, scale, mask, sinks)
+    """`attend_chunks` by MLX's own attention, on a copy of what comes before each."""
+    attention.write(keys, values, pool, chunks)
+    results = mx.zeros_like(queries)
+    for c, (first, start, stop) in enumerate(chunks.spans):
+        own = slice(first, first + stop - start)
+        chunk = as_chunk(queries[own]), as_chunk(keys[own]), as_chunk(values[own])
+        before = first_in_sight(start, window or None)
+        mask = prefill_mask(stop - start, start - before, window or None, return_array=False)
+        results[own] = as_tokens(_attend_masked(attention, *chunk, pool, chunks.table[c : c + 1], start, stop, before, scale, mask, sinks))
+    return results
 
 
 def attend_both_ways(
@@ -435,19 +450,20 @@ def attend_both_ways(
     keys: mx.array,
     values: mx.array,
     pool: Pool,
-    table: mx.array,
-    start: int,
-    stop: int,
+    chunks: Chunks,
     *,
     scale: float,
-    window: int,
+    window: int = 0,
     both_ways: mx.array,
-    sinks: mx.array | None,
+    sinks: mx.array | None = None,
 ) -> mx.array:
-    """`attend_chunk` for a chunk without padding, of which some tokens see each other `both_ways` [L, L]: no kernel does that."""
-    first = first_in_sight(start, window or None)
-    mask = both_ways_mask(start - first, window or None, both_ways)
-    return _attend_masked(attention, queries, keys, values, pool, table, start, stop, first, scale, mask, sinks)
+    """`attend_chunks` for a single one, of which some tokens see each other `both_ways` [L, L]: no kernel does that."""
+    ((_, start, stop),) = chunks.spans
+    attention.write(keys, values, pool, chunks)
+    before = first_in_sight(start, window or None)
+    mask = both_ways_mask(start - before, window or None, both_ways)
+    chunk = as_chunk(queries), as_chunk(keys), as_chunk(values)
+    return as_tokens(_attend_masked(attention, *chunk, pool, chunks.table, start, stop, before, scale, mask, sinks))
 
 
 def _attend_masked(
@@ -459,16 +475,25 @@ def _attend_masked(
     table: mx.array,
     start: int,
     stop: int,
-    first: int,
+    before: int,
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    """`mask` is for the chunk's tokens on those from `first` on."""
-    attention.write(keys, values, pool, table, start)
+    """[1, Hq, L, D] of a chunk that has been written. `mask` is for its tokens on those from `before` on."""
     if start > 0:
-        keys, values = (array[:, :, first:] for array in attention.gather(pool, table, stop))
+        page = before // BLOCK_TOKENS
+        gone = page * BLOCK_TOKENS
+        keys, values = (array[:, :, before - gone :] for array in attention.gather(pool, table[:, page:], stop - gone))
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def as_chunk(array: mx.array) -> mx.array:
+    """The tokens [L, H, 1, D] of a pass as those of one sequence: [1, H, L, D]."""
+    return array.transpose(2, 1, 0, 3)
+
+
+as_tokens = as_chunk  # and back
 
 
 def _put(pool: Pool, blocks: mx.array, slots: mx.array, keys: mx.array, values: mx.array) -> None:
@@ -561,8 +586,8 @@ def _exercise(
     sinks = some(query_heads) if has_sinks else None
 
     def write(table: list[int], start: int, stop: int) -> None:
-        keys, values = some(1, kv_heads, stop - start, head_dim), some(1, kv_heads, stop - start, head_dim)
-        attention.write(keys, values, pool, mx.array([table], mx.int32), start)
+        keys, values = some(stop - start, kv_heads, 1, head_dim), some(stop - start, kv_heads, 1, head_dim)
+        attention.write(keys, values, pool, Chunks.one(start, stop, table))
 
     def decode(rows: list[tuple[list[int], int]]) -> mx.array:
         return attention.append_and_attend(
@@ -599,14 +624,11 @@ def _exercise(
     write(longest, 311, 312)
     fork = [copy if block == source else block for block in longest]
     yield "attention of a fork", decode([(longest, 312), (fork, 311)])
-    for table, start, stop in ((tables[3], 0, 70), (longest, 313, 348)):
-        num_tokens = stop - start
-        room = 128 if attention.takes_padding(pool) else num_tokens
-        parts = (some(1, heads, num_tokens, head_dim) for heads in (query_heads, kv_heads, kv_heads))
-        queries, keys, values = (mx.pad(part, [(0, 0), (0, 0), (0, room - num_tokens), (0, 0)]) for part in parts)
-        one = mx.array([table], mx.int32)
-        seen = attention.attend_chunk(queries, keys, values, pool, one, start, stop, scale=head_dim**-0.5, window=window, sinks=sinks)
-        yield f"attention of a chunk from {start}", seen[:, :, :num_tokens]
+    together = Chunks(first=[3, 80, 150], start=[0, 313, 0], stop=[70, 348, 1], blocks=[tables[3], longest, tables[0]])
+    queries, keys, values = (some(160, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
+    seen = attention.attend_chunks(queries, keys, values, pool, together, scale=head_dim**-0.5, window=window, sinks=sinks)
+    for first, start, stop in together.spans:
+        yield f"attention of a chunk from {start} to {stop}", seen[first : first + stop - start]
     mx.eval(pool.epoch)  # MLX would not wait for the writes: it takes the arrays for unchanged
     yield "keys left in the pool", pool.keys[1:]
     yield "values left in the pool", pool.values[1:]

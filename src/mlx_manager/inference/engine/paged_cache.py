@@ -1,8 +1,8 @@
 """Keys and values in the blocks of the pool: what a sequence's table says is where they are, in every layer. True paging.
 
 Nothing is copied when a sequence comes, goes or moves to another row, and no row is padded to the length of another. A step writes
-one token of each row where its table says and attends to what is there already, in one kernel; a chunk of a prompt is written there
-and attends to a copy of what comes before it.
+one token of each row where its table says and attends to what is there already, in one kernel. Chunks of prompts are in the same pass,
+one token beside the other, so that weights are read once for all of them: only attention tells them apart.
 
 The arrays of the pools are made once and written in place. What is queued on a pool happens in the order in which it was queued (see
 `paged_attention`), so a block can be given to somebody else while a step that still uses it is under way.
@@ -12,8 +12,9 @@ The arrays of the pools are made once and written in place. What is queued on a 
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -29,14 +30,22 @@ from mlx_manager.inference.engine.cache_layout import (
     State,
     UnsupportedCache,
     device_array,
-    first_in_sight,
     host_view,
     layout,
     prompt_inputs,
     shifted,
     state_arrays,
 )
-from mlx_manager.inference.engine.paged_attention import PagedAttention, Pool, attend_both_ways, is_supported, self_test
+from mlx_manager.inference.engine.paged_attention import (
+    Chunks,
+    PagedAttention,
+    Pool,
+    as_chunk,
+    as_tokens,
+    attend_both_ways,
+    is_supported,
+    self_test,
+)
 from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import Sequence
 
@@ -86,10 +95,7 @@ class RowLayer(PagedLayer):
         return self._step.offsets
 
     def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sight: Sight, sinks: mx.array | None) -> mx.array:
-        step = self._step
-        return step.attention.append_and_attend(
-            queries, keys, values, self._pool, step.table, step.lengths, scale=scale, window=sight.window or 0, sinks=sinks
-        )
+        return self._step.attend(queries, keys, values, self._pool, scale, sight, sinks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +107,34 @@ class RowPass:
     lengths: mx.array
     offsets: mx.array
 
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, pool: Pool, scale: float, sight: Sight, sinks: mx.array | None
+    ) -> mx.array:
+        window = sight.window or 0
+        return self.attention.append_and_attend(
+            queries, keys, values, pool, self.table, self.lengths, scale=scale, window=window, sinks=sinks
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPass:
+    """What the layers share in a pass for one chunk, all of whose tokens are in one row."""
+
+    attention: PagedAttention
+    chunk: Chunks
+
+    @property
+    def start(self) -> int:
+        ((_, start, _),) = self.chunk.spans
+        return start
+
 
 class ChunkLayer(PagedLayer):
     """One layer of one chunk of a prompt."""
 
-    def __init__(self, chunk: "ChunkPass", pool: Pool, window: int | None) -> None:
+    def __init__(self, chunk: ChunkPass, pool: Pool, window: int | None) -> None:
         super().__init__(pool, window)
-        self._chunk = chunk
+        self._pass = chunk
         self.offset = chunk.start
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
@@ -115,31 +142,47 @@ class ChunkLayer(PagedLayer):
         return super().update_and_fetch(keys, values)
 
     def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sight: Sight, sinks: mx.array | None) -> mx.array:
-        chunk = self._chunk
-        page, table = chunk.table_from(first_in_sight(chunk.start, sight.window))
-        attend = chunk.attention.attend_chunk
-        if sight.both_ways is not None:
-            attend = partial(attend_both_ways, chunk.attention, both_ways=sight.both_ways)
-        start, stop, window = chunk.start - page, chunk.stop - page, sight.window or 0
-        return attend(queries, keys, values, self._pool, table, start, stop, scale=scale, window=window, sinks=sinks)
+        attention, chunk = self._pass.attention, self._pass.chunk
+        given = as_tokens(queries), as_tokens(keys), as_tokens(values)
+        window = sight.window or 0
+        if sight.both_ways is None:
+            result = attention.attend_chunks(*given, self._pool, chunk, scale=scale, window=window, sinks=sinks)
+        else:
+            both = sight.both_ways
+            result = attend_both_ways(attention, *given, self._pool, chunk, scale=scale, window=window, both_ways=both, sinks=sinks)
+        return as_chunk(result)
 
 
-class ChunkPass:
-    """What the layers of one chunk share: tokens [start, stop) of the sequence whose blocks these are."""
+@dataclass(frozen=True, slots=True)
+class MixedPass:
+    """What the layers share in a pass for one token of each of `num_rows` rows (padding included), and then chunks of prompts, every token
+    of which is a row for the model as well, at its `offset`."""
 
-    def __init__(self, attention: PagedAttention, blocks: list[int], start: int, stop: int) -> None:
-        self.attention = attention
-        self.start = start
-        self.stop = stop
-        self._blocks = blocks[: -(-stop // BLOCK_TOKENS)]
-        self._tables: dict[int, mx.array] = {}
+    attention: PagedAttention
+    rows: RowPass | None
+    num_rows: int
+    chunks: Chunks
+    offsets: mx.array
 
-    def table_from(self, token: int) -> tuple[int, mx.array]:
-        """The table that begins with the block of a token, and the first token of that block."""
-        index = token // BLOCK_TOKENS
-        if index not in self._tables:
-            self._tables[index] = mx.array([self._blocks[index:]], dtype=mx.int32)
-        return index * BLOCK_TOKENS, self._tables[index]
+
+class MixedLayer(PagedLayer):
+    """One layer of rows and chunks in one pass."""
+
+    def __init__(self, mixed: MixedPass, pool: Pool, window: int | None) -> None:
+        super().__init__(pool, window)
+        self._pass = mixed
+
+    @property
+    def offset(self) -> mx.array:
+        return self._pass.offsets
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sight: Sight, sinks: mx.array | None) -> mx.array:
+        mixed, n = self._pass, self._pass.num_rows
+        given = queries[n:], keys[n:], values[n:]
+        of_chunks = mixed.attention.attend_chunks(*given, self._pool, mixed.chunks, scale=scale, window=sight.window or 0, sinks=sinks)
+        if mixed.rows is None:
+            return of_chunks
+        return mx.concatenate([mixed.rows.attend(queries[:n], keys[:n], values[:n], self._pool, scale, sight, sinks), of_chunks])
 
 
 class Tables:
@@ -212,8 +255,9 @@ class PagedCache:
             _check(layer, self.groups[layer.group])
         self._pools = [_pool(self.groups[layer.group], num_blocks) for layer in self._attending]
         mx.eval([(pool.keys, pool.values) for pool in self._pools])
-        # A state is that after all tokens, those included that only fill up a chunk.
-        self._pads_chunks = not self.needs_states and all(attention.takes_padding(pool) for pool in self._pools)
+        # Rows and chunks can be in one pass. A state is that after all tokens of a row, in their order; and logits of all tokens would be
+        # more than there is memory for.
+        self._mixes = not self.needs_states and head.install(model)
         self._rows: list[Sequence | None] = []  # None: forgotten since
         self._tables = Tables()
         # A step is described once for each size of batch and table, and only filled in from then on: describing it takes the host
@@ -287,20 +331,51 @@ class PagedCache:
 
     def prefill(self, chunks: Items[Chunk]) -> list[QueuedPass]:
         """Queues the keys and values of stretches of prompts, and the logits of those that sample."""
-        return [self._prefill(chunk) for chunk in chunks]
+        mixed, apart = self._parted(chunks)
+        made = {chunk: self._prefill(chunk) for chunk in apart}
+        if mixed:
+            made |= zip(mixed, self._mix(None, mixed)[1], strict=True)
+        return [made[chunk] for chunk in chunks]
+
+    def _parted(self, chunks: Items[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
+        """Those that can be in one pass, and those that need one of their own: what a picture looks like depends on where it stands."""
+        mixed = [c for c in chunks if self._mixes and not c.sequence.spec.pictures]
+        return mixed, [c for c in chunks if c not in mixed]
 
     def _prefill(self, chunk: Chunk) -> QueuedPass:
         sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
-        blocks = ChunkPass(self._attention, sequence.table, start, stop)
         states = self._states.of(sequence)
         inputs = prompt_inputs(self._model, sequence, start, stop)
-        if self._pads_chunks and not sequence.spec.pictures:
-            inputs = mx.pad(inputs, [(0, 0), (0, padded_tokens(stop - start) - (stop - start))])
         with head.only([stop - start - 1] if chunk.samples else None):
-            logits = self._run(inputs, blocks, ChunkLayer, states)
+            logits = self._run(inputs, ChunkPass(self._attention, Chunks.one(start, stop, _blocks(chunk))), ChunkLayer, states)
         made = self._epochs() + state_arrays(states)
         snapshot = self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None
         return QueuedPass(made, snapshot, logits[:, -1] if chunk.samples else None)
+
+    def _mix(self, inputs: mx.array | None, chunks: list[Chunk]) -> tuple[mx.array | None, list[QueuedPass]]:
+        """One pass for a token of each row, if there are `inputs` [B], and for chunks → logits [B, V], and what is queued of each chunk."""
+        rows = None if inputs is None else self._row_pass()
+        num_rows = 0 if rows is None else rows.lengths.shape[0]
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        ends = [num_rows + end for end in accumulate(lengths)]
+        num_tokens = ends[-1]
+        num_padding = padded_tokens(num_tokens) - num_tokens if self._attention.plans_lengths else 0
+        tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.stop]] + [0] * num_padding
+        positions = [p for c in chunks for p in range(c.start, c.stop)] + [0] * num_padding
+        given, offsets = mx.array(tokens, dtype=mx.int32), mx.array(positions, dtype=mx.int32)
+        if rows is not None and inputs is not None:
+            given = mx.concatenate([mx.pad(inputs, (0, num_rows - inputs.shape[0])), given])
+            offsets = mx.concatenate([rows.offsets, offsets])
+        firsts = [end - length - num_rows for end, length in zip(ends, lengths, strict=True)]
+        where = Chunks(firsts, [c.start for c in chunks], [c.stop for c in chunks], [_blocks(c) for c in chunks])
+        of_rows = [] if inputs is None else list(range(inputs.shape[0]))
+        wanted = of_rows + [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
+        mixed = MixedPass(self._attention, rows, num_rows, where, offsets)
+        with head.of_rows(wanted) if wanted else nullcontext():
+            logits = self._run(given[:, None], mixed, MixedLayer, [])[:, -1]
+        made, sampling = self._epochs(), iter(range(len(of_rows), len(wanted)))
+        queued = [QueuedPass(made, logits=logits[(at := next(sampling)) : at + 1] if chunk.samples else None) for chunk in chunks]
+        return (logits[: len(of_rows)] if of_rows else None), queued
 
     def arrange(self, wanted: Items[Sequence], awaited: set[Sequence]) -> list[Sequence | None]:
         """Those who stay, in the order they are in, then those who come."""
@@ -313,19 +388,33 @@ class PagedCache:
             self._rows = list(rows)
         return list(rows)
 
-    def forward(self, inputs: mx.array) -> tuple[mx.array, QueuedPass]:
-        """Queues one token for each row. `inputs` [B] int32 → logits [B, V]."""
-        num_rows = len(self._rows)
-        num_padding = padded_rows(num_rows) - num_rows
-        rows = [*self._rows, *[None] * num_padding]
-        lengths = np.array([0 if s is None else s.num_queued for s in rows], np.int32)
+    def forward(self, inputs: mx.array, chunks: Items[Chunk] = ()) -> tuple[mx.array, QueuedPass, list[QueuedPass]]:
+        """Queues one token for each row, `inputs` [B] int32 → logits [B, V]; and `chunks`, in the same pass as far as they can be."""
+        mixed, apart = self._parted(chunks)
+        if mixed:
+            logits, queued = self._mix(inputs, mixed)
+            assert logits is not None
+            step = QueuedPass(queued[0].made)
+        else:
+            logits, step = self._forward(inputs)
+            queued = []
+        made = dict(zip(mixed, queued, strict=True)) | {chunk: self._prefill(chunk) for chunk in apart}
+        return logits, step, [made[chunk] for chunk in chunks]
+
+    def _forward(self, inputs: mx.array) -> tuple[mx.array, QueuedPass]:
+        rows = self._row_pass()
+        num_rows, num_padding = len(self._rows), rows.lengths.shape[0] - len(self._rows)
         if num_padding:
             inputs = mx.pad(inputs, (0, num_padding))
-        tables, offsets = self._tables.on_device(), mx.array(shifted(lengths, rows))
-        logits, epochs = self._decode(inputs, tables, mx.array(lengths), offsets, self._epochs())
+        logits, epochs = self._decode(inputs, rows.table, rows.lengths, rows.offsets, self._epochs())
         for pool, epoch in zip(self._pools, epochs, strict=True):
             pool.epoch = epoch
         return logits[:num_rows], QueuedPass(epochs + state_arrays(self._states.rows))
+
+    def _row_pass(self) -> "RowPass":
+        rows = [*self._rows, *[None] * (padded_rows(len(self._rows)) - len(self._rows))]
+        lengths = np.array([0 if s is None else s.num_queued for s in rows], np.int32)
+        return RowPass(self._attention, self._tables.on_device(), mx.array(lengths), mx.array(shifted(lengths, rows)))
 
     def _decode(self, *described: Any) -> tuple[mx.array, list[mx.array]]:
         if self._compiled is not None:
@@ -378,10 +467,10 @@ class PagedCache:
         """Puts back what `export` gave; whether a sequence can go on from the block's end. Raises `KeyError` and `ValueError`."""
         found = [group.checked(g, arrays) for g, group in enumerate(self.groups)]
         stacks = [tuple(device_array(a, group.dtype) for a in kv) for group, kv in zip(self.groups, found, strict=True)]
-        table = mx.array([[block]], dtype=mx.int32)
+        whole = Chunks.one(0, BLOCK_TOKENS, [block])
         for layer, pool in zip(self._attending, self._pools, strict=True):
-            keys, values = (a[layer.place : layer.place + 1] for a in stacks[layer.group])
-            self._attention.write(keys, values, pool, table, 0)
+            keys, values = (as_tokens(a[layer.place : layer.place + 1]) for a in stacks[layer.group])
+            self._attention.write(keys, values, pool, whole)
         mx.async_eval(self._epochs())
         return self._states.load(block, arrays)
 
@@ -401,8 +490,12 @@ def padded_rows(num_rows: int) -> int:
     return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
 
 
+def _blocks(chunk: Chunk) -> list[int]:
+    return chunk.sequence.table[: -(-chunk.stop // BLOCK_TOKENS)]
+
+
 def padded_tokens(num_tokens: int) -> int:
-    """A chunk has one of a few lengths: matrix products are planned anew for each, and a short one takes as long as its weights do."""
+    """A pass has one of a few lengths: matrix products are planned anew for each, and a short one takes as long as its weights do."""
     if num_tokens <= 128:
         return max(16, 1 << (num_tokens - 1).bit_length())
     step = 64 if num_tokens <= 512 else 128

@@ -326,21 +326,21 @@ REDUCE = KernelText(
 """,
 )
 
-# CUDA alone, for 16-bit keys of 64 or 128: a chunk of a prompt attends to the pages of its row through tensor cores. Metal's own attention
-# serves any shape at once; that of CUDA plans anew for each length, which takes longer than the attention itself.
+# CUDA alone, for 16-bit keys of 64 or 128: chunks of prompts attend to the pages of their sequences through tensor cores. Metal's own
+# attention serves any shape at once; that of CUDA plans anew for each length, which takes longer than the attention itself.
 #
-# Grid: (128, ceil(tokens * GQA / 64), HEADS) in groups of (128, 1, 1).
+# Grid: (128, ceil(tokens of the longest chunk * GQA / 64), HEADS * chunks) in groups of (128, 1, 1).
 #
-# A group takes 64 rows of one key/value head, a row being a token and one of the query heads that share the head; each of its four warps
-# takes 16. The pages that they see come one after the other into shared memory, the next one while this one is computed, in pieces of
-# 16 bytes whose place is turned by their token, so that eight tokens' pieces lie in different banks. Scores and results stay in
-# registers, laid out as `mma.m16n8k16` has them: a lane has rows lane / 4 and lane / 4 + 8, and two columns of every eight.
+# A group takes 64 rows of one key/value head and one chunk, a row being a token and one of the query heads that share the head; each of
+# its four warps takes 16. The pages that they see come one after the other into shared memory, the next one while this one is computed,
+# in pieces of 16 bytes whose place is turned by their token, so that eight tokens' pieces lie in different banks. Scores and results stay
+# in registers, laid out as `mma.m16n8k16` has them: a lane has rows lane / 4 and lane / 4 + 8, and two columns of every eight.
 # Scores are in powers of two. Slots behind the last token are filled with zeros, since what is left in them may be NaN.
 #
 # Template: T (keys, values, queries, out), SINK, D, HEADS, GQA, PAGE, WINDOW, SINKS, IS_HALF.
-ATTEND_CHUNK = KernelText(
-    name="paged_attend_chunk",
-    inputs=("queries", "pool_keys", "pool_values", "table", "span", "scale", "sinks", "epoch"),
+ATTEND_CHUNKS = KernelText(
+    name="paged_attend_chunks",
+    inputs=("queries", "pool_keys", "pool_values", "table", "spans", "scale", "sinks", "epoch"),
     outputs=("out", "next_epoch"),
     body=r"""
   constexpr int PIECES = D / 8;
@@ -349,10 +349,15 @@ ATTEND_CHUNK = KernelText(
   constexpr float LOG2E = 1.4426950408889634f;
   __shared__ __align__(128) T shared_keys[2][PAGE * D];
   __shared__ __align__(128) T shared_values[2][PAGE * D];
-  const int num_tokens = queries_shape[2];  // those that only fill up the chunk see what its last one does
-  const int begin = span[0], stop = span[1];
-  const int num_rows = num_tokens * GQA;
-  const int tile = (int)gridDim.y - 1 - group_y, head = group_z;  // the longest first
+  if (thread_x == 0 && group_y == 0 && group_z == 0) """
+    + _NEXT_EPOCH
+    + r"""
+  const int head = group_z % HEADS, chunk = group_z / HEADS;
+  const int first = spans[chunk * 3], begin = spans[chunk * 3 + 1], stop = spans[chunk * 3 + 2];
+  const int num_rows = (stop - begin) * GQA;
+  const int tile = (int)gridDim.y - 1 - group_y;  // the longest first
+  if (tile * 64 >= num_rows) return;
+  const int pages = chunk * table_shape[1];
   const int top = tile * 64 + warp * 16 + lane / 4;
   const int rows[2] = {top, top + 8};
   int positions[2];
@@ -360,8 +365,8 @@ ATTEND_CHUNK = KernelText(
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = min(rows[i], num_rows - 1);
-    positions[i] = min(begin + row / GQA, stop - 1);
-    offsets[i] = ((long)(head * GQA + row % GQA) * num_tokens + row / GQA) * D + (lane % 4) * 2;
+    positions[i] = begin + row / GQA;
+    offsets[i] = ((long)(first + row / GQA) * HEADS * GQA + head * GQA + row % GQA) * D + (lane % 4) * 2;
   }
 
   unsigned query[STEPS][4];
@@ -387,13 +392,13 @@ ATTEND_CHUNK = KernelText(
     }
   }
 
-  const int first_position = min(begin + tile * 64 / GQA, stop - 1);
-  const int last_position = min(begin + min(tile * 64 + 63, num_rows - 1) / GQA, stop - 1);
+  const int first_position = begin + tile * 64 / GQA;
+  const int last_position = begin + min(tile * 64 + 63, num_rows - 1) / GQA;
   const int first_page = (WINDOW > 0 && first_position + 1 > WINDOW) ? (first_position + 1 - WINDOW) / PAGE : 0;
   const int last_page = last_position / PAGE;
 
   auto fetch = [&](int page, int stage) {
-    const long base = ((long)table[page] * HEADS + head) * (PAGE * D);
+    const long base = ((long)table[pages + page] * HEADS + head) * (PAGE * D);
 #pragma unroll
     for (int i = thread_x; i < PAGE * PIECES; i += 128) {
       const int slot = i / PIECES, piece = i % PIECES;
@@ -518,29 +523,27 @@ ATTEND_CHUNK = KernelText(
         *reinterpret_cast<unsigned*>(out + offsets[i] + t * 8) = packed(sum[t][i * 2] / weight[i], sum[t][i * 2 + 1] / weight[i]);
     }
   }
-  if (thread_x == 0 && group_y == 0 && group_z == 0) """
-    + _NEXT_EPOCH
-    + "\n",
+""",
 )
 
 # The kernels below move runs of 8 elements, one a thread. CUDA rounds a grid up to whole groups, so each thread checks its place.
-# Grid: (tokens * D / 8, HEADS, 1). Template: T, D, HEADS, PAGE.
+# Grid: (tokens of the longest chunk * D / 8, HEADS, chunks). Template: T, D, HEADS, PAGE.
 WRITE = KernelText(
     name="paged_write",
-    inputs=("keys", "values", "pool_keys", "pool_values", "table", "span", "epoch"),
+    inputs=("keys", "values", "pool_keys", "pool_values", "table", "spans", "epoch"),
     outputs=("next_epoch",),
     body=r"""
   constexpr int RUNS = D / 8;
-  const int num_tokens = keys_shape[2];
   const int token = index_x / RUNS, run = index_x % RUNS;
-  const int position = span[0] + token;
-  if (position < span[1]) {
-    const long from = ((long)group_y * num_tokens + token) * D + run * 8;
-    const long to = (((long)table[position / PAGE] * HEADS + group_y) * PAGE + position % PAGE) * D + run * 8;
+  const int position = spans[group_z * 3 + 1] + token;
+  if (position < spans[group_z * 3 + 2]) {
+    const int page = table[group_z * table_shape[1] + position / PAGE];
+    const long from = ((long)(spans[group_z * 3] + token) * HEADS + group_y) * D + run * 8;
+    const long to = (((long)page * HEADS + group_y) * PAGE + position % PAGE) * D + run * 8;
     kcopy8<T>(keys + from, (KDEVICE T*)pool_keys + to);
     kcopy8<T>(values + from, (KDEVICE T*)pool_values + to);
   }
-  if (index_x == 0 && group_y == 0) """
+  if (index_x == 0 && group_y == 0 && group_z == 0) """
     + _NEXT_EPOCH
     + "\n",
 )

@@ -76,7 +76,7 @@ class KVCache(Protocol):
     def clear(self) -> None: ...
     def prefill(self, chunks: Rows[Chunk]) -> Rows[QueuedPrompt]: ...
     def arrange(self, wanted: Rows[Sequence], awaited: set[Sequence]) -> list[Sequence | None]: ...
-    def forward(self, inputs: mx.array) -> tuple[mx.array, Queued]: ...
+    def forward(self, inputs: mx.array, chunks: Rows[Chunk] = ()) -> tuple[mx.array, Queued, Rows[QueuedPrompt]]: ...
     def settle(self, step: Any) -> None: ...
     def save(self, sequence: Sequence, index: int, block: int, chunk: Any) -> None: ...
     def drop(self, block: int) -> None: ...
@@ -164,11 +164,12 @@ class Runner:
         for fork in plan.forks:
             self._place_pictures(fork.child)
             self.cache.fork(fork.child, fork.parent, fork.source, fork.target)
-        pending = self._decode(plan.decode, unread) if plan.decode else Pending()
-        made = self.cache.prefill(plan.prefill) if plan.prefill else []
+        if plan.decode:
+            pending = self._decode(plan.decode, plan.prefill, unread)
+        else:
+            pending = Pending(chunks=tuple(zip(plan.prefill, self.cache.prefill(plan.prefill), strict=True)))
         for chunk in plan.prefill:
             chunk.sequence.num_queued = chunk.stop
-        pending.chunks = tuple(zip(plan.prefill, made, strict=True))
         self._sample_first(pending)
         return pending
 
@@ -243,13 +244,13 @@ class Runner:
             assert self._pictures is not None, "the model was asked before"
             self._pictures.place(sequence)
 
-    def _decode(self, wanted: Rows[Sequence], before: Pending | None) -> Pending:
-        """One token for each of `wanted`, in one forward pass."""
+    def _decode(self, wanted: Rows[Sequence], chunks: Rows[Chunk], before: Pending | None) -> Pending:
+        """One token for each of `wanted`, in one forward pass, and beside them `chunks`."""
         self._set_rows(wanted, before)
         assert self._inputs is not None
-        logits, step = self.cache.forward(self._inputs)
         positions = tuple(0 if s is None else s.num_queued for s in self._rows)
-        pending = Pending(tuple(self._rows), positions, logits, step)
+        logits, step, made = self.cache.forward(self._inputs, chunks)
+        pending = Pending(tuple(self._rows), positions, logits, step, chunks=tuple(zip(chunks, made, strict=True)))
         for sequence in wanted:
             sequence.num_queued += 1
         if not any(s.spec.constraint is not None and s.num_sampled > s.num_generated for s in wanted):

@@ -2,8 +2,9 @@
 
 Randomness comes from the request's seed and the token's position alone (`key`), so a seeded request draws the same
 numbers in any batch. Each token of the vocabulary has a number of its own in a race that the most probable wins most often: where the
-sums of another batch round differently, only two that come in at the same time can change places. Top-k, top-p and min-p each cut the distribution at a probability; the cuts are found by bisection,
-so nothing is sorted. Order: logit bias, penalties, temperature, min-p, top-k, top-p (of what top-k left).
+sums of another batch round differently, only two that come in at the same time can change places. Top-k, top-p and min-p each cut the
+distribution at a probability; the cuts are found by bisection, so nothing is sorted. Order: logit bias, penalties, temperature, min-p,
+top-k, top-p (of what top-k left).
 """
 # pyright: basic
 

@@ -92,12 +92,12 @@ class SingleCache:
         self._rows = list(wanted)
         return list(wanted)
 
-    def forward(self, inputs: mx.array) -> tuple[mx.array, QueuedPass]:
+    def forward(self, inputs: mx.array, chunks: Items[Chunk] = ()) -> tuple[mx.array, QueuedPass, list[QueuedPass]]:
         sequence = self._rows[0]
         caches = self._caches[sequence]
         given = self._model.after_pictures(sequence, inputs[:, None]) if sequence.spec.pictures else inputs[:, None]
         logits = self._model(given, cache=caches)[:, -1, :]
-        return logits, QueuedPass([a for cache in caches for a in _arrays(cache)])
+        return logits, QueuedPass([a for cache in caches for a in _arrays(cache)]), self.prefill(chunks)
 
     def settle(self, step: QueuedPass) -> None:
         """The caches hold it already."""

@@ -507,8 +507,8 @@ class SlotCache:
         self._rows = rows
         return rows
 
-    def forward(self, inputs: mx.array) -> tuple[mx.array, QueuedStep]:
-        """Queues one token for each row. `inputs` [B] int32 → logits [B, V]."""
+    def forward(self, inputs: mx.array, chunks: Items[Chunk] = ()) -> tuple[mx.array, QueuedStep, list[QueuedChunk]]:
+        """Queues one token for each row, `inputs` [B] int32 → logits [B, V]; then `chunks`."""
         rows = self._rows
         positions = np.array([s.num_queued if s is not None else 0 for s in rows], np.int32)
         written = np.array([s.num_computed if s is not None else 0 for s in rows], np.int32)
@@ -519,7 +519,7 @@ class SlotCache:
         stacks = [_pair(mx.stack([kv[i] for kv in made]) for i in (0, 1)) for made in step.made]
         made = [step.made[layer.group][layer.place] for layer in self._attending]
         self._last = QueuedStep(list(rows), positions, made, stacks)
-        return logits, self._last
+        return logits, self._last, self.prefill(chunks)
 
     def settle(self, step: QueuedStep) -> None:
         """Writes what a step made, which has been computed by now, into the rows of those who are still there."""

@@ -43,6 +43,7 @@ from mlx_manager.inference.loader import (
     Turns,
     Usage,
     free,
+    let_be,
     machine_limit,
     memory_in_use,
 )
@@ -547,6 +548,7 @@ class Pool:
             log.exception("model %s could not be loaded", model_id)
             raise ModelLoadFailed(f"The model '{model_id}' could not be loaded: {entry.error}.") from error
         else:
+            let_be()
             entry.load_s = self._clock() - started
             entry.last_used = self._clock()
             entry.hot = Hot(model, replace(need, weights=weight_bytes))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def test_chunks_are_kept_read_back_and_attended_to(name: str, request: pytest.Fi
         views = [as_tokens(world.array(array[None])) for array in (keys, values)]
         around = [mx.concatenate([mx.zeros_like(view[:1]), view, view]) for view in views]
         start = world.lengths[row]
-        own = Chunks([1], [start], [start + length], [world.tables[row].tolist()])
+        own = Chunks.of([(1, start, start + length)], [world.tables[row].tolist()], room=2)
         attention.write(around[0], around[1], world.pool, own)
         world.append(row, keys, values)
 
@@ -254,9 +254,9 @@ def exercise(attention: PagedAttention, pool: Pool) -> None:
     """Every kind of use of a pool; of a row's attention one in parts, one in one."""
     keys = mx.zeros((5, 2, 1, 64))
     one = mx.zeros((1, 2, 1, 64))
-    attention.write(keys, keys, pool, Chunks.one(30, 35, [1, 2]))
+    attention.write(keys, keys, pool, Chunks.of([(0, 30, 35)], [[1, 2]]))
     attention.append_and_attend(one, one, one, pool, mx.array([[1, 2]], mx.int32), mx.array([35], mx.int32), scale=1.0)
-    attention.write(keys, keys, pool, Chunks.one(36, 41, [1, 2]))
+    attention.write(keys, keys, pool, Chunks.of([(0, 36, 41)], [[1, 2]]))
     attention.gather(pool, mx.array([[1, 2]], mx.int32), 41)
     attention.copy_block(pool, 1, 2)
     attention.append_and_attend(one, one, one, pool, mx.array([[1] * 16], mx.int32), mx.array([100], mx.int32), scale=1.0)
@@ -352,9 +352,7 @@ class KeepsNoNewToken(Reference):
 
 class WritesOneSlotOn(Reference):
     def write(self, keys: Any, values: Any, pool: Pool, chunks: Chunks) -> None:
-        first, start, stop = zip(*chunks.spans, strict=True)
-        blocks = [[int(b) for b in row] for row in np.array(chunks.table)]
-        super().write(keys, values, pool, Chunks(first, [s + 1 for s in start], [s + 1 for s in stop], blocks))
+        super().write(keys, values, pool, replace(chunks, spans=tuple((first, start + 1, stop + 1) for first, start, stop in chunks.spans)))
 
 
 class WritesWhereNobodyLooks(Reference):

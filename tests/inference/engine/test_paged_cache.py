@@ -26,14 +26,14 @@ from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.pace import Pace
 from mlx_manager.inference.engine.paged_attention import Chunks, Kernels, PagedAttention, Pool, Reference
-from mlx_manager.inference.engine.paged_cache import PagedCache, padded_rows, padded_width
+from mlx_manager.inference.engine.paged_cache import PagedCache, mixed_size, padded_rows, padded_width
 from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.runner import KVCache, Runner
 from mlx_manager.inference.engine.scheduler import Chunk, Policy, Scheduler
 from mlx_manager.inference.engine.sequence import Sequence, SequenceSpec, Token, TokenSampling
 from mlx_manager.inference.engine.slot_cache import SlotCache
 from tests.inference.engine.metal_shim import Shim, why_not
-from tests.inference.fixture_models import GREEDY, attached, dialect, receive, single_run, weights, within
+from tests.inference.fixture_models import GREEDY, attached, dialect, eventually, receive, single_run, weights, within
 
 pytestmark = pytest.mark.requirement("BATCH-01", "9.1", "P.1")
 
@@ -232,6 +232,147 @@ def test_who_waits_for_a_pass_waits_for_every_layer(kind: str) -> None:
         _, queued, _ = cache.forward(mx.array([4], dtype=mx.int32))
     assert len(attention.pools) == 4
     assert {id(pool.epoch) for pool in attention.pools} <= {id(a) for a in queued.arrays()}
+
+
+# ---- rows and chunks of prompts in one pass
+
+
+def waiting(prompt: list[int], blocks: list[int], cache: PagedCache) -> Sequence:
+    sequence = Sequence(SequenceSpec(tuple(prompt), 50, GREEDY), 0)
+    sequence.table = blocks
+    cache.admit(sequence)
+    return sequence
+
+
+def decoding(sequence: Sequence, cache: PagedCache) -> Sequence:
+    """The same, when all of its prompt but the last token is there."""
+    mx.eval(cache.prefill([Chunk(sequence, 0, sequence.prefill_end)])[0].arrays())
+    sequence.num_queued = sequence.num_computed = sequence.prefill_end
+    return sequence
+
+
+def test_a_step_reads_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = weights("qwen3")
+    cache = PagedCache(model, Reference(), 16)
+    rows = [decoding(waiting([3, 1, 4, n], [1 + n], cache), cache) for n in range(3)]
+    coming = [waiting([2, 7, 1, 8, n], [5 + n], cache) for n in range(2)]
+    shapes: list[tuple[int, ...]] = []
+    call = type(model).__call__
+
+    def seen(self: Any, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(inputs.shape)
+        return call(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "__call__", seen)
+    cache.arrange(rows, set())
+    logits, _, made = cache.forward(mx.array([9, 9, 9], dtype=mx.int32), [Chunk(coming[0], 0, 5, samples=True), Chunk(coming[1], 0, 2)])
+    assert shapes == [(4 + 32, 1)]
+    assert logits.shape[0] == 3
+    assert [None if queued.logits is None else queued.logits.shape[0] for queued in made] == [1, None]
+
+
+def test_a_pass_has_one_of_a_few_sizes() -> None:
+    assert [mixed_size(n, 1).num_tokens for n in (1, 32, 33, 200, 257, 512, 513, 2048)] == [32, 32, 128, 256, 320, 512, 640, 2048]
+    assert [mixed_size(100, n).num_chunks for n in (1, 2, 8, 9)] == [1, 8, 8, 16]
+    assert mixed_size(256, 3).is_common
+    assert not mixed_size(257, 3).is_common
+
+
+class Arithmetic(Reference):
+    """What comes out depends on everything that a kernel is given on the device, and nothing is kept."""
+
+    def append_and_attend(self, queries: Any, keys: Any, values: Any, pool: Pool, table: Any, lengths: Any, **_: Any) -> mx.array:
+        pool.epoch = pool.epoch + 1
+        return queries * (1 + 0.01 * lengths[:, None, None, None]) + 0.1 * mx.sum(table) + mx.mean(keys) * mx.mean(values)
+
+    def attend_chunks(self, queries: Any, keys: Any, values: Any, pool: Pool, chunks: Chunks, **_: Any) -> mx.array:
+        pool.epoch = pool.epoch + 1
+        ends = mx.sum(chunks.on_device * mx.array([1, 3, 7]))
+        return queries + 0.01 * ends + 0.1 * mx.sum(chunks.table) + mx.mean(keys) * mx.mean(values)
+
+
+class Traceable(Arithmetic):
+    can_be_compiled = True
+
+    def can_compile_chunks(self, pool: Pool) -> bool:
+        return True
+
+
+def test_a_pass_that_is_described_beforehand_is_filled_in_with_what_it_is_given() -> None:
+    found: list[list[mx.array]] = []
+    traces: list[int] = []
+    for attention in (Arithmetic(), Traceable()):
+        cache = PagedCache(weights("llama"), attention, 40)
+        logits: list[mx.array] = []
+        for n in range(3):
+            rows = [decoding(waiting([3, 1, 4 + n, 5], [1 + i + n], cache), cache) for i in range(1 + n % 2)]
+            coming = [waiting([2, 7 + i, *range(10 + n, 40 + 3 * n)], [6 + 2 * n + i, 9], cache) for i in range(2)]
+            cache.arrange(rows, set())
+            chunks = [Chunk(coming[0], 0, len(coming[0].tokens), samples=True), Chunk(coming[1], 0, 20 + n)]
+            of_rows, step, made = cache.forward(mx.array([5 + n] * len(rows), dtype=mx.int32), chunks)
+            alone = cache.prefill([Chunk(coming[1], 20 + n, len(coming[1].tokens), samples=True)])
+            assert made[0].logits is not None
+            assert alone[0].logits is not None
+            mx.eval(step.arrays(), made[0].arrays())
+            logits += [of_rows, made[0].logits, alone[0].logits]
+        found.append(logits)
+        traces.append(cache._described_mix.is_compiled)  # pyright: ignore[reportPrivateUsage]
+    assert traces == [False, True], "a pass could not be described beforehand"
+    for one, other in zip(*found, strict=True):
+        assert mx.allclose(one, other, rtol=1e-4, atol=1e-4).item()
+
+
+# ---- who is urgent, a step ahead
+
+
+@dataclass
+class Queue:
+    """What the engine had its runner queue: who decodes, whose prompts are read, and whether the step before had not been read yet."""
+
+    built: Built
+    passes: list[tuple[set[str], set[str], bool]] = field(default_factory=list[tuple[set[str], set[str], bool]])
+
+    def __post_init__(self) -> None:
+        queue = self.built.runner.queue
+
+        def noted(plan: Any, unread: Any = None) -> Any:
+            decode, read = ({s.spec.priority for s in of} for of in (plan.decode, [chunk.sequence for chunk in plan.prefill]))
+            self.passes.append((decode, read, unread is not None))
+            return queue(plan, unread)
+
+        self.built.runner.queue = noted
+
+
+@pytest.mark.requirement("BATCH-04")
+async def test_where_somebody_urgent_is_expected_no_step_is_queued_behind_another(device: Device) -> None:
+    built = paged(device, "llama")
+    low, high = ([replace(spec, priority=priority, max_tokens=40) for spec in prompts("llama", 3)] for priority in ("low", "high"))
+    async with attached(device, built.engine) as engine:
+        queue = Queue(built)
+        await within(receive(engine, low))
+        assert any(is_ahead for _, _, is_ahead in queue.passes), "steps overlap where all are alike"
+        await within(receive(engine, high[:1]))
+        queue.passes.clear()
+        waiting = asyncio.ensure_future(receive(engine, low))
+        await eventually(lambda: engine.counters.decoded_tokens > 3 * 40 + 40 + 10)
+        urgent = await within(receive(engine, high[1:2]))
+        received = await within(waiting)
+    of_low = [is_ahead for decode, _, is_ahead in queue.passes if decode == {"low"}]
+    assert of_low
+    assert not any(of_low)
+    first = next(i for i, (_, read, _) in enumerate(queue.passes) if "high" in read)
+    assert queue.passes[first] == (set(), {"high"}, False), "nothing else is in the pass that it waits for"
+    assert urgent[0].tokens == await single_run(device, "llama", high[1])
+    assert [r.tokens for r in received] == [await single_run(device, "llama", spec) for spec in low]
+
+
+async def test_a_first_token_is_handed_over_before_the_next_step_is_queued_where_nobody_else_decodes(device: Device) -> None:
+    built = paged(device, "llama")
+    async with attached(device, built.engine) as engine:
+        queue = Queue(built)
+        await within(receive(engine, prompts("llama", 1)))
+    assert queue.passes[0] == (set(), {"normal"}, False)
+    assert queue.passes[1] == ({"normal"}, set(), False)
 
 
 # ---- blocks on their way to a disk and back

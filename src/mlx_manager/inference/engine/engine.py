@@ -412,6 +412,9 @@ class Engine:
             self._read(awaited)
             self.flush()
             self._let_in()  # whoever came meanwhile may be the one
+            decoding = [s.urgency for s in self._decoding()]
+            if decoding and self._hurry(min(decoding)):
+                return
         plan = self._plan(self._budget())
         queued_at = time.monotonic()
         queued = None if plan.is_empty else self._runner.queue(plan, self._pending)
@@ -460,7 +463,7 @@ class Engine:
         self._queued_at = time.monotonic()
         under_way = [*(s for s in queued.rows if s is not None), *(chunk.sequence for chunk, _ in queued.chunks)]
         urgency = min((s.urgency for s in under_way), default=0)
-        if self._expects(urgency):
+        if not self._ahead and self._expects(urgency):
             self._compute(queued, urgency)
         else:
             self._runner.start(queued)
@@ -526,18 +529,21 @@ class Engine:
         return [s for s in self._scheduler.running if s.wants_decode and s.first_token is not None]
 
     def _is_awaited(self, pending: PendingStep) -> bool:
-        """Whether the next step may not be planned before this one is read: it may be for the first token of somebody more urgent than all
-        who decode, whose prompt this one completes, or who is likely to come before its end. A step that is queued behind another
-        can only be waited for."""
+        """Whether a step is read before the next one is planned: it completes the prompt of somebody more urgent than all who decode, or
+        such a one is likely to come before its end, since a step that is queued behind another can only be waited for; or nobody decodes,
+        and first tokens are all that there is to wait for."""
         rows = [s.urgency for s in pending.rows if s is not None]
+        if not rows:
+            return any(chunk.samples for chunk, _ in pending.chunks)
         done = [c.sequence.urgency for c, _ in pending.chunks if c.stop >= c.sequence.prefill_end]
-        return bool(rows) and (min(done, default=min(rows)) < min(rows) or self._expects(min(rows)))
+        return min(done, default=min(rows)) < min(rows) or self._expects(min(rows))
 
     def _read(self, pending: PendingStep) -> None:
         tokens = self._runner.read(pending)
         self._note_time(pending)
         self.counters.decode_steps += bool(pending.rows)
-        for sequence, token in zip(pending.sampling, tokens, strict=True):
+        # First tokens first: in a large batch the last to be handed over waits for all others.
+        for sequence, token in reversed(list(zip(pending.sampling, tokens, strict=True))):
             if sequence is not None and token is not None and not sequence.finished:  # else its surplus token
                 self._take(sequence, token)
         for sequence in dict.fromkeys([*(chunk.sequence for chunk, _ in pending.chunks), *(s for s in pending.rows if s is not None)]):

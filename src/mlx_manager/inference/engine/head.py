@@ -31,10 +31,9 @@ def only(positions: Items[int] | None) -> Generator[None]:
 
 
 @contextmanager
-def of_rows(rows: Items[int]) -> Generator[None]:
-    """They give logits of these rows [R, L, V] of B."""
-    at = mx.array(list(rows), dtype=mx.int32)
-    with _cutting_down(lambda x: x[at]):
+def of_rows(rows: mx.array) -> Generator[None]:
+    """They give logits [R, L, V] of these `rows` [R] of B."""
+    with _cutting_down(lambda x: x[rows]):
         yield
 
 

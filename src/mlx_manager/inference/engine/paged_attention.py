@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS
 from mlx_manager.inference.engine.cache_layout import both_ways_mask, first_in_sight, prefill_mask
@@ -55,24 +56,26 @@ class Pool:
     epoch: mx.array = field(default_factory=lambda: mx.array([0], mx.int32))
 
 
+@dataclass(frozen=True, slots=True)
 class Chunks:
-    """Where chunks of prompts come from and go to. Of the tokens of a pass, those from `first[c]` on are tokens `start[c]` … `stop[c]` of
-    a sequence; its blocks, in the order of their tokens, are `blocks[c]` here and row c of `table` int32 [C, W] on the device."""
+    """Where chunks of prompts come from and go to. Of the tokens of a pass, those from `first` on are tokens `start` … `stop` of a
+    sequence: `spans` are these three for each chunk, `on_device` int32 [C, 3]. Row c of `table` int32 [C, W] are the blocks of that
+    sequence in the order of their tokens. C may be more than there are: what follows is empty. Kernels go by what is on the device
+    alone."""
 
-    def __init__(self, first: Sequence[int], start: Sequence[int], stop: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
-        self.spans = tuple(zip(first, start, stop, strict=True))
-        widest = max(len(row) for row in blocks)
-        self.table = mx.array([[*row, *[0] * (widest - len(row))] for row in blocks], dtype=mx.int32)
-        self.on_device = mx.array(self.spans, dtype=mx.int32)
+    spans: tuple[tuple[int, int, int], ...]
+    on_device: mx.array
+    table: mx.array
 
     @classmethod
-    def one(cls, start: int, stop: int, blocks: Sequence[int]) -> "Chunks":
-        return cls([0], [start], [stop], [blocks])
-
-    @property
-    def longest(self) -> int:
-        """In tokens."""
-        return max(stop - start for _, start, stop in self.spans)
+    def of(cls, spans: Sequence[tuple[int, int, int]], blocks: Sequence[Sequence[int]], *, room: int = 0, width: int = 0) -> "Chunks":
+        """With `room` for so many chunks, of so many blocks (`width`)."""
+        table = np.zeros((max(room, len(spans)), max(width, *(len(row) for row in blocks))), np.int32)
+        for row, own in zip(table, blocks, strict=False):
+            row[: len(own)] = own
+        on_device = np.zeros((len(table), 3), np.int32)
+        on_device[: len(spans)] = spans
+        return cls(tuple(spans), mx.array(on_device), mx.array(table))
 
 
 class PagedAttention(Protocol):
@@ -87,6 +90,10 @@ class PagedAttention(Protocol):
     """Whether it may be called inside `mx.compile`."""
     plans_lengths: bool
     """Whether the device plans products anew for each number of tokens, so that passes are better of a few lengths."""
+
+    def can_compile_chunks(self, pool: Pool) -> bool:
+        """Whether the same is true of `attend_chunks`, wherever the chunks are."""
+        ...
 
     def append_and_attend(
         self,
@@ -253,12 +260,15 @@ class Kernels:
             output_dtypes=[queries.dtype],
         )[0]
 
+    def can_compile_chunks(self, pool: Pool) -> bool:
+        return self._attend_chunks is not None and pool.keys.dtype.size == 2 and pool.keys.shape[3] in _CHUNK_HEAD_DIMS
+
     def write(self, keys: mx.array, values: mx.array, pool: Pool, chunks: Chunks) -> None:
         head_dim = pool.keys.shape[3]
         (pool.epoch,) = self._write(
             inputs=[keys, values, pool.keys, pool.values, chunks.table, chunks.on_device, pool.epoch],
             template=_template(pool),
-            grid=(_whole_groups(chunks.longest * head_dim // 8), keys.shape[1], len(chunks.spans)),
+            grid=(_whole_groups(keys.shape[0] * head_dim // 8), keys.shape[1], chunks.table.shape[0]),
             threadgroup=(_COPY_THREADS, 1, 1),
             output_shapes=[(1,)],
             output_dtypes=[mx.int32],
@@ -277,12 +287,12 @@ class Kernels:
         sinks: mx.array | None = None,
     ) -> mx.array:
         head_dim = pool.keys.shape[3]
-        if self._attend_chunks is None or pool.keys.dtype.size != 2 or head_dim not in _CHUNK_HEAD_DIMS:
+        if self._attend_chunks is None or not self.can_compile_chunks(pool):
             return _attend_one_by_one(self, queries, keys, values, pool, chunks, scale, window, sinks)
         self.write(keys, values, pool, chunks)
         query_heads, kv_heads = queries.shape[1], pool.keys.shape[1]
         scales = self._scale(scale)
-        num_tiles = -(-chunks.longest * (query_heads // kv_heads) // _CHUNK_ROWS)
+        num_tiles = -(-queries.shape[0] * (query_heads // kv_heads) // _CHUNK_ROWS)  # as if all were of one chunk
         out, pool.epoch = self._attend_chunks(
             inputs=[
                 queries,
@@ -305,7 +315,7 @@ class Kernels:
                 ("SINKS", sinks is not None),
                 ("IS_HALF", queries.dtype == mx.float16),
             ],
-            grid=(_CHUNK_THREADS, num_tiles, kv_heads * len(chunks.spans)),
+            grid=(_CHUNK_THREADS, num_tiles, kv_heads * chunks.table.shape[0]),
             threadgroup=(_CHUNK_THREADS, 1, 1),
             output_shapes=[queries.shape, (1,)],
             output_dtypes=[queries.dtype, mx.int32],
@@ -359,6 +369,9 @@ class Reference:
 
     can_be_compiled = False
     plans_lengths = True
+
+    def can_compile_chunks(self, pool: Pool) -> bool:
+        return False
 
     def append_and_attend(
         self,
@@ -587,7 +600,7 @@ def _exercise(
 
     def write(table: list[int], start: int, stop: int) -> None:
         keys, values = some(stop - start, kv_heads, 1, head_dim), some(stop - start, kv_heads, 1, head_dim)
-        attention.write(keys, values, pool, Chunks.one(start, stop, table))
+        attention.write(keys, values, pool, Chunks.of([(0, start, stop)], [table]))
 
     def decode(rows: list[tuple[list[int], int]]) -> mx.array:
         return attention.append_and_attend(
@@ -624,7 +637,7 @@ def _exercise(
     write(longest, 311, 312)
     fork = [copy if block == source else block for block in longest]
     yield "attention of a fork", decode([(longest, 312), (fork, 311)])
-    together = Chunks(first=[3, 80, 150], start=[0, 313, 0], stop=[70, 348, 1], blocks=[tables[3], longest, tables[0]])
+    together = Chunks.of([(3, 0, 70), (80, 313, 348), (150, 0, 1)], [tables[3], longest, tables[0]], room=4)
     queries, keys, values = (some(160, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
     seen = attention.attend_chunks(queries, keys, values, pool, together, scale=head_dim**-0.5, window=window, sinks=sinks)
     for first, start, stop in together.spans:

@@ -10,9 +10,8 @@ The arrays of the pools are made once and written in place. What is queued on a 
 # pyright: basic
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -52,6 +51,7 @@ from mlx_manager.inference.engine.sequence import Sequence
 log = logging.getLogger(__name__)
 
 _NARROWEST_TABLE = 8  # blocks
+_COMMON_TOKENS = (32, 128, 256)  # of prompts in a step: what describing it costs is less than computing it from there on
 
 
 class PagedLayer(AttendingCache):
@@ -155,12 +155,11 @@ class ChunkLayer(PagedLayer):
 
 @dataclass(frozen=True, slots=True)
 class MixedPass:
-    """What the layers share in a pass for one token of each of `num_rows` rows (padding included), and then chunks of prompts, every token
-    of which is a row for the model as well, at its `offset`."""
+    """What the layers share in a pass for one token of each of some `rows`, and then chunks of prompts, every token of which is a row for
+    the model as well, at its offset."""
 
     attention: PagedAttention
     rows: RowPass | None
-    num_rows: int
     chunks: Chunks
     offsets: mx.array
 
@@ -177,7 +176,8 @@ class MixedLayer(PagedLayer):
         return self._pass.offsets
 
     def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sight: Sight, sinks: mx.array | None) -> mx.array:
-        mixed, n = self._pass, self._pass.num_rows
+        mixed = self._pass
+        n = 0 if mixed.rows is None else mixed.rows.lengths.shape[0]
         given = queries[n:], keys[n:], values[n:]
         of_chunks = mixed.attention.attend_chunks(*given, self._pool, mixed.chunks, scale=scale, window=sight.window or 0, sinks=sinks)
         if mixed.rows is None:
@@ -233,6 +233,24 @@ class QueuedPass:
         return []  # passes write where the next plan may: they keep their order
 
 
+class Described:
+    """A pass that is described once for each size, and only filled in from then on, if it can be."""
+
+    def __init__(self, describe: Callable[..., tuple[mx.array, list[mx.array]]], is_compiled: bool) -> None:
+        self.is_compiled = is_compiled
+        self._describe = describe
+        self._compiled = mx.compile(describe) if is_compiled else describe
+
+    def __call__(self, *given: Any) -> tuple[mx.array, list[mx.array]]:
+        if self.is_compiled:
+            try:
+                return self._compiled(*given)
+            except Exception as error:  # noqa: BLE001 - whatever a model does on the way that cannot be described beforehand
+                log.info("the steps of this model are described anew each time: %s", error)
+                self.is_compiled = False
+        return self._describe(*given)
+
+
 class PagedCache:
     """The blocks of one model; their numbers are those of the `BlockPool`, the null block's included in `num_blocks`. Owned by the device
     thread. Raises `UnsupportedCache`."""
@@ -262,7 +280,10 @@ class PagedCache:
         self._tables = Tables()
         # A step is described once for each size of batch and table, and only filled in from then on: describing it takes the host
         # longer than a small model takes the device. States are not handed through; the caches of the rows hold them.
-        self._compiled: Any = mx.compile(self._step) if attention.can_be_compiled and not self.needs_states else None
+        compiles = attention.can_be_compiled and not self.needs_states
+        compiles_chunks = compiles and all(attention.can_compile_chunks(pool) for pool in self._pools)
+        self._described_step = Described(self._step, compiles)
+        self._described_mix = Described(self._mixed_step, compiles_chunks)
 
     @property
     def needs_states(self) -> bool:
@@ -347,35 +368,65 @@ class PagedCache:
         states = self._states.of(sequence)
         inputs = prompt_inputs(self._model, sequence, start, stop)
         with head.only([stop - start - 1] if chunk.samples else None):
-            logits = self._run(inputs, ChunkPass(self._attention, Chunks.one(start, stop, _blocks(chunk))), ChunkLayer, states)
+            logits = self._run(inputs, ChunkPass(self._attention, Chunks.of([(0, start, stop)], [_blocks(chunk)])), ChunkLayer, states)
         made = self._epochs() + state_arrays(states)
         snapshot = self._states.snapshot(sequence) if self.needs_states and stop % BLOCK_TOKENS == 0 else None
         return QueuedPass(made, snapshot, logits[:, -1] if chunk.samples else None)
 
-    def _mix(self, inputs: mx.array | None, chunks: list[Chunk]) -> tuple[mx.array | None, list[QueuedPass]]:
+    def _mix(self, inputs: mx.array | None, chunks: list[Chunk]) -> tuple[mx.array, list[QueuedPass]]:
         """One pass for a token of each row, if there are `inputs` [B], and for chunks → logits [B, V], and what is queued of each chunk."""
-        rows = None if inputs is None else self._row_pass()
-        num_rows = 0 if rows is None else rows.lengths.shape[0]
-        lengths = [chunk.stop - chunk.start for chunk in chunks]
-        ends = [num_rows + end for end in accumulate(lengths)]
-        num_tokens = ends[-1]
-        num_padding = padded_tokens(num_tokens) - num_tokens if self._attention.plans_lengths else 0
-        tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.stop]] + [0] * num_padding
-        positions = [p for c in chunks for p in range(c.start, c.stop)] + [0] * num_padding
-        given, offsets = mx.array(tokens, dtype=mx.int32), mx.array(positions, dtype=mx.int32)
-        if rows is not None and inputs is not None:
-            given = mx.concatenate([mx.pad(inputs, (0, num_rows - inputs.shape[0])), given])
-            offsets = mx.concatenate([rows.offsets, offsets])
-        firsts = [end - length - num_rows for end, length in zip(ends, lengths, strict=True)]
-        where = Chunks(firsts, [c.start for c in chunks], [c.stop for c in chunks], [_blocks(c) for c in chunks])
-        of_rows = [] if inputs is None else list(range(inputs.shape[0]))
-        wanted = of_rows + [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
-        mixed = MixedPass(self._attention, rows, num_rows, where, offsets)
-        with head.of_rows(wanted) if wanted else nullcontext():
-            logits = self._run(given[:, None], mixed, MixedLayer, [])[:, -1]
-        made, sampling = self._epochs(), iter(range(len(of_rows), len(wanted)))
-        queued = [QueuedPass(made, logits=logits[(at := next(sampling)) : at + 1] if chunk.samples else None) for chunk in chunks]
-        return (logits[: len(of_rows)] if of_rows else None), queued
+        rows: list[mx.array] = []
+        num_inputs = num_rows = 0
+        if inputs is not None:
+            own = self._row_pass()
+            num_inputs, num_rows = inputs.shape[0], own.lengths.shape[0]
+            rows = [mx.pad(inputs, (0, num_rows - num_inputs)), own.table, own.lengths, own.offsets]
+        ends = list(accumulate(chunk.stop - chunk.start for chunk in chunks))
+        firsts = [0, *ends[:-1]]
+        size = mixed_size(ends[-1], len(chunks)) if self._attention.plans_lengths else MixedSize(ends[-1], len(chunks), is_common=False)
+        tokens, positions = np.zeros((2, size.num_tokens), np.int32)
+        for chunk, first, end in zip(chunks, firsts, ends, strict=True):
+            tokens[first:end] = chunk.sequence.tokens[chunk.start : chunk.stop]
+            positions[first:end] = np.arange(chunk.start, chunk.stop)
+        spans = [(first, chunk.start, chunk.stop) for chunk, first in zip(chunks, firsts, strict=True)]
+        blocks = [_blocks(chunk) for chunk in chunks]
+        where = Chunks.of(spans, blocks, room=size.num_chunks, width=padded_width(max(len(own) for own in blocks)))
+        # What nobody samples stands for one who does: how many logits there are is part of the size as well.
+        wanted = np.full(num_rows + size.num_chunks, num_rows + ends[-1] - 1, np.int32)
+        wanted[:num_rows] = np.arange(num_rows)
+        wanted[num_rows : num_rows + len(chunks)] = [num_rows + end - 1 for end in ends]
+        given = [rows, mx.array(tokens), mx.array(positions), where.on_device, where.table, mx.array(wanted), self._epochs()]
+        if size.is_common and self._described_mix.is_compiled:
+            logits, epochs = self._described_mix(*given)
+        else:
+            logits, epochs = self._mixed_step(*given, spans=where.spans)
+        for pool, epoch in zip(self._pools, epochs, strict=True):
+            pool.epoch = epoch
+        of_chunks = [logits[num_rows + i : num_rows + i + 1] if chunk.samples else None for i, chunk in enumerate(chunks)]
+        return logits[:num_inputs], [QueuedPass(epochs, logits=own) for own in of_chunks]
+
+    def _mixed_step(
+        self,
+        rows: list[mx.array],
+        tokens: mx.array,
+        positions: mx.array,
+        on_device: mx.array,
+        table: mx.array,
+        wanted: mx.array,
+        epochs: list[mx.array],
+        spans: tuple[tuple[int, int, int], ...] = (),
+    ) -> tuple[mx.array, list[mx.array]]:
+        """`rows` are their tokens, tables, lengths and offsets, or nothing → logits [wanted, V] and the epochs that the pools have then."""
+        for pool, epoch in zip(self._pools, epochs, strict=True):
+            pool.epoch = epoch
+        of_rows = None
+        if rows:
+            of_rows = RowPass(self._attention, *rows[1:])
+            tokens, positions = mx.concatenate([rows[0], tokens]), mx.concatenate([rows[3], positions])
+        mixed = MixedPass(self._attention, of_rows, Chunks(spans, on_device, table), positions)
+        with head.of_rows(wanted):
+            logits = self._run(tokens[:, None], mixed, MixedLayer, [])[:, -1]
+        return logits, self._epochs()
 
     def arrange(self, wanted: Items[Sequence], awaited: set[Sequence]) -> list[Sequence | None]:
         """Those who stay, in the order they are in, then those who come."""
@@ -393,7 +444,6 @@ class PagedCache:
         mixed, apart = self._parted(chunks)
         if mixed:
             logits, queued = self._mix(inputs, mixed)
-            assert logits is not None
             step = QueuedPass(queued[0].made)
         else:
             logits, step = self._forward(inputs)
@@ -406,7 +456,7 @@ class PagedCache:
         num_rows, num_padding = len(self._rows), rows.lengths.shape[0] - len(self._rows)
         if num_padding:
             inputs = mx.pad(inputs, (0, num_padding))
-        logits, epochs = self._decode(inputs, rows.table, rows.lengths, rows.offsets, self._epochs())
+        logits, epochs = self._described_step(inputs, rows.table, rows.lengths, rows.offsets, self._epochs())
         for pool, epoch in zip(self._pools, epochs, strict=True):
             pool.epoch = epoch
         return logits[:num_rows], QueuedPass(epochs + state_arrays(self._states.rows))
@@ -415,15 +465,6 @@ class PagedCache:
         rows = [*self._rows, *[None] * (padded_rows(len(self._rows)) - len(self._rows))]
         lengths = np.array([0 if s is None else s.num_queued for s in rows], np.int32)
         return RowPass(self._attention, self._tables.on_device(), mx.array(lengths), mx.array(shifted(lengths, rows)))
-
-    def _decode(self, *described: Any) -> tuple[mx.array, list[mx.array]]:
-        if self._compiled is not None:
-            try:
-                return self._compiled(*described)
-            except Exception as error:  # noqa: BLE001 - whatever a model does on the way that cannot be described beforehand
-                log.info("the steps of this model are described anew each time: %s", error)
-                self._compiled = None
-        return self._step(*described)
 
     def _step(
         self, inputs: mx.array, table: mx.array, lengths: mx.array, offsets: mx.array, epochs: list[mx.array]
@@ -467,7 +508,7 @@ class PagedCache:
         """Puts back what `export` gave; whether a sequence can go on from the block's end. Raises `KeyError` and `ValueError`."""
         found = [group.checked(g, arrays) for g, group in enumerate(self.groups)]
         stacks = [tuple(device_array(a, group.dtype) for a in kv) for group, kv in zip(self.groups, found, strict=True)]
-        whole = Chunks.one(0, BLOCK_TOKENS, [block])
+        whole = Chunks.of([(0, 0, BLOCK_TOKENS)], [[block]])
         for layer, pool in zip(self._attending, self._pools, strict=True):
             keys, values = (as_tokens(a[layer.place : layer.place + 1]) for a in stacks[layer.group])
             self._attention.write(keys, values, pool, whole)
@@ -494,12 +535,23 @@ def _blocks(chunk: Chunk) -> list[int]:
     return chunk.sequence.table[: -(-chunk.stop // BLOCK_TOKENS)]
 
 
-def padded_tokens(num_tokens: int) -> int:
-    """A pass has one of a few lengths: matrix products are planned anew for each, and a short one takes as long as its weights do."""
-    if num_tokens <= 128:
-        return max(16, 1 << (num_tokens - 1).bit_length())
+@dataclass(frozen=True, slots=True)
+class MixedSize:
+    """How many tokens and chunks of prompts a pass has room for. One that `is_common` is seen often enough to be described beforehand."""
+
+    num_tokens: int
+    num_chunks: int
+    is_common: bool
+
+
+def mixed_size(num_tokens: int, num_chunks: int) -> MixedSize:
+    """A pass has one of a few sizes: matrix products are planned anew for each, and a small one takes as long as its weights do."""
+    chunks = 1 if num_chunks == 1 else -(-num_chunks // 8) * 8
+    common = next((size for size in _COMMON_TOKENS if num_tokens <= size), None)
+    if common is not None:
+        return MixedSize(common, chunks, is_common=True)
     step = 64 if num_tokens <= 512 else 128
-    return -(-num_tokens // step) * step
+    return MixedSize(-(-num_tokens // step) * step, chunks, is_common=False)
 
 
 def padded_width(num_blocks: int) -> int:

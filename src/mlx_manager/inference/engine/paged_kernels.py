@@ -329,7 +329,7 @@ REDUCE = KernelText(
 # CUDA alone, for 16-bit keys of 64 or 128: chunks of prompts attend to the pages of their sequences through tensor cores. Metal's own
 # attention serves any shape at once; that of CUDA plans anew for each length, which takes longer than the attention itself.
 #
-# Grid: (128, ceil(tokens of the longest chunk * GQA / 64), HEADS * chunks) in groups of (128, 1, 1).
+# Grid: (128, ceil(tokens * GQA / 64), HEADS * chunks) in groups of (128, 1, 1): as many as if all tokens were of one chunk.
 #
 # A group takes 64 rows of one key/value head and one chunk, a row being a token and one of the query heads that share the head; each of
 # its four warps takes 16. The pages that they see come one after the other into shared memory, the next one while this one is computed,
@@ -527,7 +527,7 @@ ATTEND_CHUNKS = KernelText(
 )
 
 # The kernels below move runs of 8 elements, one a thread. CUDA rounds a grid up to whole groups, so each thread checks its place.
-# Grid: (tokens of the longest chunk * D / 8, HEADS, chunks). Template: T, D, HEADS, PAGE.
+# Grid: (tokens * D / 8, HEADS, chunks), as many as if all tokens were of one chunk. Template: T, D, HEADS, PAGE.
 WRITE = KernelText(
     name="paged_write",
     inputs=("keys", "values", "pool_keys", "pool_values", "table", "spans", "epoch"),

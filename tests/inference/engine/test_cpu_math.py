@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -65,3 +66,42 @@ def test_attention_is_what_mlx_attends_to(mask: str | None, num_rows: int, lengt
     ours = cpu_math.attention(queries, keys, values, 0.2, given, None)
     theirs = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.2, mask=given)
     np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=2e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 700, mx.array([3, 700, 90], dtype=mx.int32), mx.array([5], dtype=mx.int32)], ids=str)
+@pytest.mark.parametrize("freqs", [None, mx.arange(1.0, 17.0) ** 3])
+def test_rotated_positions_are_those_of_mlx_to_the_bit(offset: mx.array | int, freqs: mx.array | None) -> None:
+    x = mx.random.normal((3, 4, 5, 32), key=mx.random.key(0))
+    given: dict[str, Any] = {
+        "traditional": False,
+        "base": None if freqs is not None else 1e4,
+        "scale": 0.5,
+        "offset": offset,
+        "freqs": freqs,
+    }
+    with cpu_math.one_pass():
+        found = cpu_math.rope(None)(x, 32, **given)
+    assert mx.array_equal(found, mx.fast.rope(x, 32, **given)).item()
+
+
+def test_angles_are_computed_once_a_pass_and_never_kept_for_another() -> None:
+    rope, x = cpu_math.rope(mx.fast.rope), mx.random.normal((2, 1, 1, 8), key=mx.random.key(0))
+    given: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
+    offsets = mx.array([3, 9])
+    calls: list[int] = []
+    cos = mx.cos
+
+    def counted(angles: mx.array) -> mx.array:
+        calls.append(1)
+        return cos(angles)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx, "cos", counted)
+        for expected in (1, 2):
+            with cpu_math.one_pass():
+                found = [rope(x, 8, offset=offsets, **given) for _ in range(6)]
+            assert len(calls) == expected
+            assert mx.array_equal(found[-1], mx.fast.rope(x, 8, offset=offsets, **given)).item()
+            offsets += 1  # the same object, as caches of mlx-lm's own do it
+        rope(x, 8, offset=offsets, **given)
+    assert len(calls) == 2, "outside of a pass MLX does it"

@@ -1,8 +1,8 @@
 """How models of mlx-lm and mlx-vlm attend through caches of ours, without a line of them changed.
 
 A model hands its cache to the `scaled_dot_product_attention` of its package's `models.base`. That name is rebound, there and in every
-model module that has imported it: a cache that knows how to attend does so itself, all others get what the package does. So is the
-activation that most models have, for what computes on the CPU (`cpu_math`).
+model module that has imported it: a cache that knows how to attend does so itself, all others get what the package does. So are the
+activation that most models have and MLX's rotary positions, for what computes on the CPU (`cpu_math`).
 """
 # pyright: basic
 
@@ -57,12 +57,14 @@ def _attending(original: Any) -> Any:
     return attention
 
 
-_ours: dict[Any, Any] = {}  # by what a package itself does
+_ours: dict[Any, Any] = {}  # by what a package, or MLX, itself does
 
 
 def install() -> None:
     """Rebinds the names wherever they have been imported. Call it once a model's module is there; again for the next."""
     cpu_math.prepare()
+    if mx.fast.rope not in _ours.values():
+        mx.fast.rope = _ours.setdefault(mx.fast.rope, cpu_math.rope(mx.fast.rope))
     for package in ("mlx_lm.models", "mlx_vlm.models"):
         _rebind(package, "base", "scaled_dot_product_attention", _attending)
         _rebind(package, "activations", "swiglu", cpu_math.swiglu)

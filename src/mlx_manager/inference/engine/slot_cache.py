@@ -566,7 +566,8 @@ class SlotCache:
 
     def _run(self, inputs: mx.array, attending: Items[Any], states: Items[Any]) -> mx.array:
         attend, state = iter(attending), iter(states)
-        return self._model(inputs, cache=[next(state) if layer.keeps_state else next(attend) for layer in self.layers])
+        with cpu_math.one_pass():
+            return self._model(inputs, cache=[next(state) if layer.keeps_state else next(attend) for layer in self.layers])
 
     def _joined_blocks(self, group: int, blocks: list[int], num_tokens: int) -> KeysValues:
         both = (np.concatenate([self._blocks[b][group][i] for b in blocks], axis=2)[:, :, :num_tokens] for i in (0, 1))

@@ -19,7 +19,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import gemma2, lfm2
 
 from mlx_manager.core.errors import EngineFault
-from mlx_manager.inference.engine import head
+from mlx_manager.inference.engine import head, paged_cache
 from mlx_manager.inference.engine.block_pool import BLOCK_TOKENS, BlockPool
 from mlx_manager.inference.engine.cache_layout import UnsupportedCache
 from mlx_manager.inference.engine.device import Device
@@ -276,6 +276,22 @@ def test_a_pass_has_one_of_a_few_sizes() -> None:
     assert [mixed_size(100, n).num_chunks for n in (1, 2, 8, 9)] == [1, 8, 8, 16]
     assert mixed_size(256, 3).is_common
     assert not mixed_size(257, 3).is_common
+
+
+@pytest.mark.parametrize("where", [0, 99])
+async def test_a_few_tokens_behind_a_long_beginning_give_the_same_as_rows_or_as_a_chunk(
+    device: Device, family: str, where: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_cache, "_FAR_BLOCKS", where)
+    built = paged(device, family)
+    (first,) = prompts(family, 1, shortest=300, longest=300)
+    again = [replace(first, prompt=(*first.prompt[:n], *range(500, 500 + k))) for n, k in ((290, 9), (256, 2), (300, 5), (40, 12))]
+    async with attached(device, built.engine) as engine:
+        await within(receive(engine, [first]))
+        received = await within(receive(engine, again))
+        alone = await within(receive(engine, [replace(first, prompt=(*first.prompt[:288], 501, 502))]))
+    expected = [await single_run(device, family, spec) for spec in (*again, replace(first, prompt=(*first.prompt[:288], 501, 502)))]
+    assert [r.tokens for r in (*received, *alone)] == expected
 
 
 class Arithmetic(Reference):

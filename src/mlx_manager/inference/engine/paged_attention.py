@@ -77,6 +77,17 @@ class Chunks:
         on_device[: len(spans)] = spans
         return cls(tuple(spans), mx.array(on_device), mx.array(table))
 
+    def as_rows(self, num_tokens: int) -> tuple[mx.array, mx.array]:
+        """For each of T tokens of a pass a table [T, W] and a length [T] as `append_and_attend` takes them, were it a row; those of no
+        chunk only fill up the batch."""
+        tokens = mx.arange(num_tokens)[:, None]
+        first, start, stop = (self.on_device[:, i] for i in range(3))
+        is_of = (first <= tokens) & (tokens < first + stop - start)
+        chunk = mx.argmax(is_of, axis=1)
+        is_of_one = mx.any(is_of, axis=1)
+        lengths = mx.where(is_of_one, start[chunk] + tokens[:, 0] - first[chunk], 0)
+        return mx.where(is_of_one[:, None], self.table[chunk], 0), lengths.astype(mx.int32)
+
 
 class PagedAttention(Protocol):
     """All methods queue work and return at once. Whatever is queued on one pool happens in the order of the calls.

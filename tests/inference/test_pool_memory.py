@@ -4,6 +4,7 @@ import asyncio
 import gc
 import random
 import shutil
+import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from mlx_manager.core.errors import ModelLoadFailed, ModelTooLarge, NotEnoughMem
 from mlx_manager.hub.local import find_models
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.sequence import SequenceSpec
-from mlx_manager.inference.loader import EngineLimits, Usage, memory_in_use
+from mlx_manager.inference.loader import EngineLimits, Usage, free, let_be, memory_in_use
 from mlx_manager.inference.memory import need
 from mlx_manager.inference.pool import ModelStatus, Pool, PoolPolicy
 from tests.inference.fixture_models import GREEDY, eventually, folder, receive, within
@@ -567,3 +568,27 @@ async def test_whoever_comes_and_goes_in_whatever_order_is_answered_and_the_prom
         for name in NAMES:
             await within(p.pool.unload(name))
         assert (p.hot, p.pool.memory().taken) == (set(), 0)
+
+
+class HoldsItself:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_has_left_and_holds_itself_is_gone_when_memory_is_given_back() -> None:
+    """The collector does not look at what was there when a model had been loaded."""
+    one, other = HoldsItself(), HoldsItself()
+    left, stays = weakref.ref(one), weakref.ref(other)
+    gc.disable()
+    try:
+        let_be()
+        del one
+        gc.collect()
+        assert left() is not None, "nobody looked"
+        free()
+        assert left() is None
+        assert stays() is other
+        assert gc.get_freeze_count() > 0, "what stays is left alone again"
+    finally:
+        gc.enable()
+        gc.unfreeze()

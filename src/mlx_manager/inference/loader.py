@@ -412,10 +412,12 @@ def let_be() -> None:
 
 
 def free() -> None:
-    """Gives back what is held for reuse. On the device thread, where arrays are freed."""
+    """Gives back what is held for reuse, and what has left but holds itself. On the device thread, where arrays are freed."""
     import mlx.core as mx
 
-    gc.unfreeze()  # a model that has left may have been among what was to stay
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
     mx.clear_cache()
     give_back_freed_memory()
 

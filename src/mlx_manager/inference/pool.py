@@ -1,7 +1,6 @@
 """Which models there are and which are loaded: lend one, load it once, have others leave for it."""
 
 import asyncio
-import gc
 import logging
 import math
 import time
@@ -586,7 +585,6 @@ class Pool:
                 return (yield from entry.load(reader, self._device, limits, self._weights))
             except Exception as error:
                 _forget_frames(error)
-                gc.collect()  # a model that was half made may hold itself
                 free()
                 raise
 

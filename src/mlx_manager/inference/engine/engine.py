@@ -202,10 +202,11 @@ class CacheState:
 class Engine:
     """Submissions come from an event loop; everything else happens on the device thread.
 
-    One step ahead: step N + 1 is queued before the tokens of step N are read, so the device does not wait for the host.
-    A sequence that turns out to have ended at N has a surplus token in N + 1, which is dropped. Where the device is the CPU there is
-    nothing to overlap (queueing a step takes as long as computing it), and tokens would only come a step later: a step is read at once,
-    and stands still, between two layers, while the prompt of somebody more urgent is computed.
+    One step ahead: step N + 1 is queued before the tokens of step N are read, so the device does not wait for the host; unless somebody
+    would have to wait for it who is more urgent. A sequence that turns out to have ended at N has a surplus token in N + 1, which is
+    dropped. Where the device is the CPU there is nothing to overlap (queueing a step takes as long as computing it), and tokens would
+    only come a step later: a step is read at once, and stands still, between two layers, while the prompt of somebody more urgent is
+    computed.
     """
 
     def __init__(
@@ -358,7 +359,7 @@ class Engine:
         return self._scheduler.has_work or self._pending is not None
 
     def step(self) -> None:
-        """Queues the next step, then reads the one before. A fault fails what is under way; the engine goes on."""
+        """One turn. A fault fails what is under way; the engine goes on."""
         try:
             self._advance()
         except Exception as error:
@@ -406,14 +407,13 @@ class Engine:
             self._runner.clear()
 
     def _overlap(self) -> None:
-        """Queues a step, then reads the one before."""
+        """Queues a step, then reads the one before; the other way round where it is awaited."""
         if self._pending is not None and self._is_awaited(self._pending):
             awaited, self._pending = self._pending, None
             self._read(awaited)
             self.flush()
             self._let_in()  # whoever came meanwhile may be the one
-            decoding = [s.urgency for s in self._decoding()]
-            if decoding and self._hurry(min(decoding)):
+            if self._hurry(self._urgency_of_others()):
                 return
         plan = self._plan(self._budget())
         queued_at = time.monotonic()
@@ -429,8 +429,7 @@ class Engine:
 
     def _in_turn(self) -> None:
         """Computes prompts and decodes, a pass a turn."""
-        decoding = [s.urgency for s in self._decoding()]
-        urgency = min(decoding) if decoding else max((s.urgency for s in self._starting()), default=0)
+        urgency = self._urgency_of_others()
         if self._hurry(urgency):
             return
         self._num_hurried = 0
@@ -442,6 +441,12 @@ class Engine:
             plan = replace(plan, decode=())
         if not plan.is_empty:
             self._run(plan)
+
+    def _urgency_of_others(self) -> int:
+        """Who is more urgent than that does not wait for others: for those who decode, or, where nobody does, for the prompts of the least
+        urgent."""
+        decoding = [s.urgency for s in self._decoding()]
+        return min(decoding) if decoding else max((s.urgency for s in self._starting()), default=0)
 
     def _hurry(self, urgency: int) -> bool:
         """A pass for the first tokens of the most urgent, if they are more urgent than that."""
@@ -530,11 +535,12 @@ class Engine:
 
     def _is_awaited(self, pending: PendingStep) -> bool:
         """Whether a step is read before the next one is planned: it completes the prompt of somebody more urgent than all who decode, or
-        such a one is likely to come before its end, since a step that is queued behind another can only be waited for; or nobody decodes,
-        and first tokens are all that there is to wait for."""
+        somebody more urgent than all in it is likely to come before its end, since a step that is queued behind another can only be
+        waited for; or nobody decodes, and first tokens are all that there is to wait for."""
         rows = [s.urgency for s in pending.rows if s is not None]
         if not rows:
-            return any(chunk.samples for chunk, _ in pending.chunks)
+            reading = [chunk.sequence.urgency for chunk, _ in pending.chunks]
+            return any(chunk.samples for chunk, _ in pending.chunks) or (bool(reading) and self._expects(min(reading)))
         done = [c.sequence.urgency for c, _ in pending.chunks if c.stop >= c.sequence.prefill_end]
         return min(done, default=min(rows)) < min(rows) or self._expects(min(rows))
 
@@ -543,7 +549,8 @@ class Engine:
         self._note_time(pending)
         self.counters.decode_steps += bool(pending.rows)
         # First tokens first: in a large batch the last to be handed over waits for all others.
-        for sequence, token in reversed(list(zip(pending.sampling, tokens, strict=True))):
+        made, num_rows = list(zip(pending.sampling, tokens, strict=True)), len(pending.rows)
+        for sequence, token in made[num_rows:] + made[:num_rows]:
             if sequence is not None and token is not None and not sequence.finished:  # else its surplus token
                 self._take(sequence, token)
         for sequence in dict.fromkeys([*(chunk.sequence for chunk, _ in pending.chunks), *(s for s in pending.rows if s is not None)]):

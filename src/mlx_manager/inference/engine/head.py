@@ -48,9 +48,16 @@ def _cutting_down(cut: Callable[[mx.array], mx.array]) -> Generator[None]:
 
 
 def install(model: Any) -> bool:
-    """Prepares a model; whether `only` works with it."""
+    """Prepares a model; whether `only` and `of_rows` work with it."""
     if not isinstance(model, nn.Module):
         return False
+    if (known := vars(model).get("gives_some_logits")) is not None:
+        return known
+    model.gives_some_logits = _is_cut(model)
+    return model.gives_some_logits
+
+
+def _is_cut(model: nn.Module) -> bool:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "lm_head":
             module.__class__ = _cutting(type(module), "__call__")
@@ -60,9 +67,16 @@ def install(model: Any) -> bool:
     expected = model(tokens, cache=make_prompt_cache(model))
     with only([_AT]):
         given = model(tokens, cache=make_prompt_cache(model))
-    if given.shape[1] != 1:
+    both = mx.concatenate([tokens, tokens[:, ::-1]])
+    with of_rows(mx.array([1, 0], dtype=mx.int32)):
+        _, first = model(both, cache=make_prompt_cache(model))
+    if given.shape[1] != 1 or first.shape != expected.shape[1:]:
         return False
-    expected, given = (a.astype(mx.float32) for a in (expected[0, _AT], given[0, 0]))
+    return _are_close(given[0, 0], expected[0, _AT]) and _are_close(first, expected[0])
+
+
+def _are_close(given: mx.array, expected: mx.array) -> bool:
+    given, expected = given.astype(mx.float32), expected.astype(mx.float32)
     return bool((mx.max(mx.abs(given - expected)) <= _TOLERANCE * mx.max(mx.abs(expected))).item())
 
 

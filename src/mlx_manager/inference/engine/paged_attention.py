@@ -70,7 +70,7 @@ class Chunks:
     @classmethod
     def of(cls, spans: Sequence[tuple[int, int, int]], blocks: Sequence[Sequence[int]], *, room: int = 0, width: int = 0) -> "Chunks":
         """With `room` for so many chunks, of so many blocks (`width`)."""
-        table = np.zeros((max(room, len(spans)), max(width, *(len(row) for row in blocks))), np.int32)
+        table = np.zeros((max(room, len(spans)), max([width, *(len(row) for row in blocks)])), np.int32)
         for row, own in zip(table, blocks, strict=False):
             row[: len(own)] = own
         on_device = np.zeros((len(table), 3), np.int32)

@@ -10,11 +10,13 @@ The arrays of the pools are made once and written in place. What is queued on a 
 # pyright: basic
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from weakref import WeakMethod
 
 import mlx.core as mx
 import numpy as np
@@ -54,7 +56,11 @@ _NARROWEST_TABLE = 8  # blocks
 # So few tokens of chunks are rows of their own where tables are so wide.
 _FEW_TOKENS = 32
 _FAR_BLOCKS = 32
-_COMMON_TOKENS = (32, 128, 256)  # of prompts in a step: what describing it costs is less than computing it from there on
+# Of prompts in a step: describing more costs less than computing them. Paces are of 128 tokens and less, to which those come that sample.
+_COMMON_TOKENS = (32, 144, 288)
+_COMMON_CHUNKS = 8
+_SEEN_OFTEN = 8
+_MOST_DESCRIBED = 64
 
 
 class PagedLayer(AttendingCache):
@@ -243,22 +249,51 @@ class QueuedPass:
         return []  # passes write where the next plan may: they keep their order
 
 
+Pass = Callable[..., tuple[mx.array, list[mx.array]]]
+
+
 class Described:
-    """A pass that is described once for each size, and only filled in from then on, if it can be."""
+    """A pass that is described once for each size that is seen often, and only filled in from then on, if it can be. Describing for good
+    takes the time of several descriptions, and each takes some megabytes, so there are so many at most: the last that were used.
 
-    def __init__(self, describe: Callable[..., tuple[mx.array, list[mx.array]]], is_compiled: bool) -> None:
+    Holds the method weakly: what is described knows the model's arrays, and would keep them and their owner."""
+
+    def __init__(self, describe: Pass, is_compiled: bool) -> None:
         self.is_compiled = is_compiled
-        self._describe = describe
-        self._compiled = mx.compile(describe) if is_compiled else describe
+        self._describe = WeakMethod(describe)
+        self._seen: Counter[Hashable] = Counter()
+        self._compiled: OrderedDict[Hashable, Pass] = OrderedDict()
 
-    def __call__(self, *given: Any) -> tuple[mx.array, list[mx.array]]:
-        if self.is_compiled:
-            try:
-                return self._compiled(*given)
-            except Exception as error:  # noqa: BLE001 - whatever a model does on the way that cannot be described beforehand
-                log.info("the steps of this model are described anew each time: %s", error)
-                self.is_compiled = False
-        return self._describe(*given)
+    def __call__(self, size: Hashable, *given: Any) -> tuple[mx.array, list[mx.array]]:
+        """What is `given` for one size has the same shapes each time."""
+        describe = self._describe()
+        assert describe is not None, "its owner asks"
+        if not self.is_compiled:
+            return describe(*given)
+        if size not in self._compiled:
+            self._seen[size] += 1
+            if self._seen[size] < _SEEN_OFTEN:
+                return describe(*given)
+            self._compiled[size] = mx.compile(_weakly(self._describe))
+            if len(self._compiled) > _MOST_DESCRIBED:
+                del self._seen[self._compiled.popitem(last=False)[0]]
+        self._compiled.move_to_end(size)
+        try:
+            return self._compiled[size](*given)
+        except Exception as error:  # noqa: BLE001 - whatever a model does on the way that cannot be described beforehand
+            log.info("the steps of this model are described anew each time: %s", error)
+            self.is_compiled = False
+            self._compiled.clear()
+            return describe(*given)
+
+
+def _weakly(method: "WeakMethod[Pass]") -> Pass:
+    def call(*given: Any) -> tuple[mx.array, list[mx.array]]:
+        describe = method()
+        assert describe is not None, "its owner calls"
+        return describe(*given)
+
+    return call
 
 
 class PagedCache:
@@ -288,8 +323,8 @@ class PagedCache:
         self._mixes = not self.needs_states and head.install(model)
         self._rows: list[Sequence | None] = []  # None: forgotten since
         self._tables = Tables()
-        # A step is described once for each size of batch and table, and only filled in from then on: describing it takes the host
-        # longer than a small model takes the device. States are not handed through; the caches of the rows hold them.
+        # Describing a step takes the host longer than a small model takes the device. States are not handed through; the caches of the
+        # rows hold them.
         compiles = attention.can_be_compiled and not self.needs_states
         compiles_chunks = compiles and all(attention.can_compile_chunks(pool) for pool in self._pools)
         self._described_step = Described(self._step, compiles)
@@ -377,6 +412,8 @@ class PagedCache:
         sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
         states = self._states.of(sequence)
         inputs = prompt_inputs(self._model, sequence, start, stop)
+        if self._attention.plans_lengths and not self.needs_states and not sequence.spec.pictures:
+            inputs = mx.pad(inputs, [(0, 0), (0, mixed_size(stop - start, 1).num_tokens - (stop - start))])
         with head.only([stop - start - 1] if chunk.samples else None):
             logits = self._run(inputs, ChunkPass(self._attention, Chunks.of([(0, start, stop)], [_blocks(chunk)])), ChunkLayer, states)
         made = self._epochs() + state_arrays(states)
@@ -400,14 +437,18 @@ class PagedCache:
             positions[first:end] = np.arange(chunk.start, chunk.stop)
         spans = [(first, chunk.start, chunk.stop) for chunk, first in zip(chunks, firsts, strict=True)]
         blocks = [_blocks(chunk) for chunk in chunks]
-        where = Chunks.of(spans, blocks, room=size.num_chunks, width=padded_width(max(len(own) for own in blocks)))
+        width = padded_width(max(len(own) for own in blocks))
+        if rows:  # one width for all tables: there are few sizes
+            width = max(width, rows[1].shape[1])
+            rows[1] = mx.pad(rows[1], [(0, 0), (0, width - rows[1].shape[1])])
+        where = Chunks.of(spans, blocks, room=size.num_chunks, width=width)
         # What nobody samples stands for one who does: how many logits there are is part of the size as well.
         wanted = np.full(num_rows + size.num_chunks, num_rows + ends[-1] - 1, np.int32)
         wanted[:num_rows] = np.arange(num_rows)
         wanted[num_rows : num_rows + len(chunks)] = [num_rows + end - 1 for end in ends]
         given = [rows, mx.array(tokens), mx.array(positions), where.on_device, where.table, mx.array(wanted), self._epochs()]
         if size.is_common and self._described_mix.is_compiled:
-            logits, epochs = self._described_mix(*given)
+            logits, epochs = self._described_mix((num_rows, width, size), *given)
         else:
             logits, epochs = self._mixed_step(*given, spans=where.spans)
         for pool, epoch in zip(self._pools, epochs, strict=True):
@@ -469,7 +510,7 @@ class PagedCache:
         num_rows, num_padding = len(self._rows), rows.lengths.shape[0] - len(self._rows)
         if num_padding:
             inputs = mx.pad(inputs, (0, num_padding))
-        logits, epochs = self._described_step(inputs, rows.table, rows.lengths, rows.offsets, self._epochs())
+        logits, epochs = self._described_step(tuple(rows.table.shape), inputs, rows.table, rows.lengths, rows.offsets, self._epochs())
         for pool, epoch in zip(self._pools, epochs, strict=True):
             pool.epoch = epoch
         return logits[:num_rows], QueuedPass(epochs + state_arrays(self._states.rows))
@@ -550,7 +591,7 @@ def _blocks(chunk: Chunk) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class MixedSize:
-    """How many tokens and chunks of prompts a pass has room for. One that `is_common` is seen often enough to be described beforehand."""
+    """How many tokens and chunks of prompts a pass has room for. One that `is_common` may be seen often enough to be described for good."""
 
     num_tokens: int
     num_chunks: int
@@ -559,10 +600,10 @@ class MixedSize:
 
 def mixed_size(num_tokens: int, num_chunks: int) -> MixedSize:
     """A pass has one of a few sizes: matrix products are planned anew for each, and a small one takes as long as its weights do."""
-    chunks = 1 if num_chunks == 1 else -(-num_chunks // 8) * 8
+    chunks = 1 if num_chunks == 1 else -(-num_chunks // _COMMON_CHUNKS) * _COMMON_CHUNKS
     common = next((size for size in _COMMON_TOKENS if num_tokens <= size), None)
     if common is not None:
-        return MixedSize(common, chunks, is_common=True)
+        return MixedSize(common, chunks, is_common=chunks <= _COMMON_CHUNKS)
     step = 64 if num_tokens <= 512 else 128
     return MixedSize(-(-num_tokens // step) * step, chunks, is_common=False)
 

@@ -174,7 +174,7 @@ class Runner:
         return pending
 
     def start(self, pending: Pending) -> None:
-        """Queues what was described on the device, decoding first. On the CPU this takes as long as computing it, without the
+        """Queues what was described on the device. On the CPU this takes as long as computing it, without the
         interpreter's lock."""
         for arrays in pending.parts():
             mx.async_eval(arrays)

@@ -46,7 +46,7 @@ class Fork:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """In this order: `preempted` give up their places; `admitted` come in with `num_computed` of their tokens in blocks already;
-    `forks` come in as copies; one forward pass for all of `decode` together, then the chunks of `prefill`, in as few as the cache can."""
+    `forks` come in as copies; one forward pass for all of `decode` together, and the chunks of `prefill`, in as few as the cache can."""
 
     preempted: tuple[Sequence, ...] = ()
     admitted: tuple[Sequence, ...] = ()

@@ -21,9 +21,11 @@ from mlx_manager.core.events import Finished, TextDelta, Usage
 from mlx_manager.core.messages import Image, Message, content_of
 from mlx_manager.core.requests import Conversation, GenerationRequest, RawPrompt, Sampling
 from mlx_manager.inference.dialect import Dialect
+from mlx_manager.inference.engine import paged_attention
 from mlx_manager.inference.engine.device import Device
 from mlx_manager.inference.engine.engine import Engine
 from mlx_manager.inference.engine.picture_model import PictureModel
+from mlx_manager.inference.engine.scheduler import Chunk
 from mlx_manager.inference.engine.sequence import SequenceSpec
 from mlx_manager.inference.loader import EngineLimits, load_dialect
 from mlx_manager.inference.loader import make_engine as build_engine
@@ -118,6 +120,32 @@ async def test_a_batch_of_pictures_and_text_says_what_the_model_says_alone(devic
     async with attached(device, make_engine(device, ahead=ahead)) as engine:
         received = await within(receive(engine, [spec(*case) for case in CASES]), 60)
     assert [r.tokens for r in received] == expected
+
+
+@pytest.mark.parametrize("budget", [2048, 30])
+async def test_text_shares_passes_with_rows_and_pictures_have_their_own_where_blocks_are_attended_to(
+    device: Device, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with the kernels in plain MLX."""
+    monkeypatch.setattr(paged_attention, "backend", lambda: "cuda")
+    monkeypatch.setattr(paged_attention, "Kernels", lambda _: paged_attention.Reference())
+    expected = await device.run(lambda: [reference(*case) for case in CASES])
+    engine = make_engine(device, prefill_budget=budget)
+    assert engine.cache_state.kind == "paged"
+    mixed: list[int] = []
+    cache: Any = engine._runner.cache  # type: ignore[reportPrivateUsage]
+    mix = cache._mix
+
+    def noted(inputs: Any, chunks: list[Chunk]) -> Any:
+        assert not any(chunk.sequence.spec.pictures for chunk in chunks)
+        mixed.append(len(chunks))
+        return mix(inputs, chunks)
+
+    cache._mix = noted
+    async with attached(device, engine):
+        received = await within(receive(engine, [spec(*case) for case in CASES]), 60)
+    assert [r.tokens for r in received] == expected
+    assert mixed
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7])

@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 _PROMPT = (3, 14, 15, 92)
@@ -49,7 +48,7 @@ def _cutting_down(cut: Callable[[mx.array], mx.array]) -> Generator[None]:
 
 def install(model: Any) -> bool:
     """Prepares a model; whether `only` and `of_rows` work with it."""
-    if not isinstance(model, nn.Module):
+    if not hasattr(model, "named_modules"):
         return False
     if (known := vars(model).get("gives_some_logits")) is not None:
         return known
@@ -57,7 +56,7 @@ def install(model: Any) -> bool:
     return model.gives_some_logits
 
 
-def _is_cut(model: nn.Module) -> bool:
+def _is_cut(model: Any) -> bool:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "lm_head":
             module.__class__ = _cutting(type(module), "__call__")

@@ -110,6 +110,10 @@ class PictureModel:
     def parameters(self) -> Any:
         return self._model.parameters()
 
+    def named_modules(self) -> Any:
+        """Those that text goes through."""
+        return self._language.named_modules()
+
     def __call__(self, inputs: mx.array | Shown, cache: Any = None) -> mx.array:
         """`inputs` [B, L] or `Shown` → logits [B, L, V]."""
         given = inputs if isinstance(inputs, Shown) else Shown(inputs, None, self._in_order(inputs, cache))

@@ -292,12 +292,14 @@ def make_engine(
     """The engine for a loaded model; `proven`: see `choose_cache`. On the device thread."""
     import mlx.core as mx
 
-    from mlx_manager.inference.engine import head, paged_attention
+    from mlx_manager.inference.engine import few_rows, head, paged_attention
     from mlx_manager.inference.engine.lanes import choose_cache, num_blocks_within, state_bytes_within
     from mlx_manager.inference.engine.picture_model import PictureModel
     from mlx_manager.inference.engine.runner import Runner
 
     backend = paged_attention.backend()
+    if backend == "cuda":
+        few_rows.install(model)
     kv_bytes = memory.LEAST_KV_BYTES if limits.kv_bytes is None else limits.kv_bytes
     cache = choose_cache(model, kv_bytes, None if backend is None else paged_attention.Kernels(backend), proven)
     num_blocks = num_blocks_within(cache, kv_bytes)

@@ -76,7 +76,7 @@ class Config(BaseSettings):
     max_batch: int = Field(32, ge=1, description="Sequences that one model decodes together.")
     prefill_budget: int = Field(2048, ge=1, description="Prompt tokens that a model computes at most between two decode steps.")
     step_ms: float = Field(
-        50.0, gt=0, description="What a step aims at while replies run, in milliseconds: prompts are computed in pieces."
+        40.0, gt=0, description="What a step aims at while replies run, in milliseconds: prompts are computed in pieces."
     )
     max_memory: Annotated[int | float | None, NoDecode] = Field(
         None, description="Memory of all models together, as 32GB, 80% or bytes; most of what the machine has for models."

@@ -51,7 +51,7 @@ def serve(
     prefill_budget: Annotated[
         int | None, typer.Option(metavar="N", help="Prompt tokens that a model computes at most between two decode steps. [default: 2048]")
     ] = None,
-    step_ms: Annotated[float | None, typer.Option(metavar="MS", help="What a step aims at while replies run. [default: 50]")] = None,
+    step_ms: Annotated[float | None, typer.Option(metavar="MS", help="What a step aims at while replies run. [default: 40]")] = None,
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of all models together: 32GB, 80% or bytes. [default: most of the machine's]")
     ] = None,

@@ -53,7 +53,7 @@ class EngineLimits:
 
     max_sequences: int = 32
     prefill_budget: int = 2048
-    step_s: float = 0.05
+    step_s: float = 0.04
     kv_bytes: int | None = None
     pass_bytes: int | None = None
     piece_bytes: int = 256 << 20

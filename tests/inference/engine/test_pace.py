@@ -67,7 +67,7 @@ def test_where_decoding_alone_takes_longer_than_a_step_may_prompts_get_twice_its
     assert slow.budget(num_decoding=10**6, num_prefilling=1) == pytest.approx(400, abs=1)
 
 
-@pytest.mark.parametrize(("num_prefilling", "step_s"), [(4, 0.1), (8, 0.15), (100, 0.2)])
+@pytest.mark.parametrize(("num_prefilling", "step_s"), [(1, 0.05), (5, 0.1), (9, 0.15), (100, 0.2)])
 def test_the_more_wait_for_their_first_token_the_longer_a_step_may_take(num_prefilling: int, step_s: float) -> None:
     pace = experienced(target_s=0.05, decode_s=0.01, prefill_s=0.0001)
     assert pace.budget(num_decoding=4, num_prefilling=num_prefilling) == pytest.approx((step_s - 0.01) / 0.0001, abs=2)
@@ -75,8 +75,8 @@ def test_the_more_wait_for_their_first_token_the_longer_a_step_may_take(num_pref
 
 def test_prompts_that_nobody_waits_for_leave_a_step_short_however_many_they_are() -> None:
     pace = experienced(target_s=0.05, decode_s=0.01, prefill_s=0.0001)
-    assert pace.budget(num_decoding=4, num_prefilling=100, in_background=True) == pytest.approx((0.025 - 0.01) / 0.0001, abs=2)
-    assert pace.budget(num_decoding=0, num_prefilling=100, in_background=True) == pytest.approx(0.025 / 0.0001, abs=2)
+    assert pace.budget(num_decoding=4, num_prefilling=100, in_background=True) == pytest.approx((0.05 / 3 - 0.01) / 0.0001, abs=2)
+    assert pace.budget(num_decoding=0, num_prefilling=100, in_background=True) == pytest.approx(0.05 / 3 / 0.0001, abs=2)
     slow = experienced(target_s=0.05, decode_s=0.2, prefill_s=0.001)
     assert slow.budget(num_decoding=4, num_prefilling=1, in_background=True) == 32
 

@@ -327,11 +327,7 @@ def test_what_a_model_took_is_there_again_when_it_has_left(compiles: bool) -> No
         gc.enable()
 
 
-@pytest.mark.parametrize("where", [0, 99])
-async def test_a_few_tokens_behind_a_long_beginning_give_the_same_as_rows_or_as_a_chunk(
-    device: Device, family: str, where: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(paged_cache, "_FAR_BLOCKS", where)
+async def test_a_few_tokens_behind_a_long_beginning_give_the_same_as_alone(device: Device, family: str) -> None:
     built = paged(device, family)
     (first,) = prompts(family, 1, shortest=300, longest=300)
     again = [replace(first, prompt=(*first.prompt[:n], *range(500, 500 + k))) for n, k in ((290, 9), (256, 2), (300, 5), (40, 12))]

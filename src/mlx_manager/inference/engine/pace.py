@@ -10,10 +10,10 @@ _SMALLEST = 32  # tokens: a block; below that a pass costs more than it computes
 
 # A step may take so many times as long as one that only decodes: on a slow machine the target would leave nothing for prompts.
 _STRETCH = 3.0
-# Where as many wait for their first token as decode, those who decode wait twice as long; at most so many times.
+# Where as many more than one wait for their first token as decode, those who decode wait twice as long; at most so many times.
 _MOST_CROWDED = 4.0
 # What a step may take of its target for prompts that nobody waits for.
-_BACKGROUND = 0.5
+_BACKGROUND = 1 / 3
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Pace:
         elif num_decoding == 0:
             return self.max_budget
         else:
-            crowded = min(1.0 + num_prefilling / num_decoding, _MOST_CROWDED)
+            crowded = min(1.0 + max(0, num_prefilling - 1) / num_decoding, _MOST_CROWDED)
             step_s = crowded * max(self.target_s, _STRETCH * decode_s)
         # What has not been seen is not trusted: a budget grows step by step.
         most = max(4 * _SMALLEST, 2 * self._last)

@@ -39,6 +39,7 @@ _RUNS = 2
 _GROUP = 4
 _WANTED_GROUPS = 256
 _MIN_SPLIT_PAGES = 4
+_MIN_CHUNK_SPLIT_PAGES = 2  # a group's four warps go through them together
 _COPY_THREADS = 256
 _CHUNK_HEAD_DIMS = (64, 128)
 _CHUNK_ROWS = 64
@@ -76,17 +77,6 @@ class Chunks:
         on_device = np.zeros((len(table), 3), np.int32)
         on_device[: len(spans)] = spans
         return cls(tuple(spans), mx.array(on_device), mx.array(table))
-
-    def as_rows(self, num_tokens: int) -> tuple[mx.array, mx.array]:
-        """For each of T tokens of a pass a table [T, W] and a length [T] as `append_and_attend` takes them, were it a row; those of no
-        chunk only fill up the batch."""
-        tokens = mx.arange(num_tokens)[:, None]
-        first, start, stop = (self.on_device[:, i] for i in range(3))
-        is_of = (first <= tokens) & (tokens < first + stop - start)
-        chunk = mx.argmax(is_of, axis=1)
-        is_of_one = mx.any(is_of, axis=1)
-        lengths = mx.where(is_of_one, start[chunk] + tokens[:, 0] - first[chunk], 0)
-        return mx.where(is_of_one[:, None], self.table[chunk], 0), lengths.astype(mx.int32)
 
 
 class PagedAttention(Protocol):
@@ -169,10 +159,10 @@ def is_supported(dtype: mx.Dtype, head_dim: int, query_heads: int, kv_heads: int
     return dtype in _DTYPES and head_dim in _HEAD_DIMS and kv_heads > 0 and query_heads % kv_heads == 0
 
 
-def num_splits(num_groups: int, num_pages: int) -> int:
-    """Into how many parts the pages of a row are divided, each for a group of its own, if there are `num_groups` without that."""
+def num_splits(num_groups: int, num_pages: int, min_pages: int = _MIN_SPLIT_PAGES) -> int:
+    """Into how many parts the pages of a sequence are divided, each for a group of its own, if there are `num_groups` without that."""
     splits = 1
-    while splits * num_groups < _WANTED_GROUPS and splits * 2 * _MIN_SPLIT_PAGES <= num_pages:
+    while splits * num_groups < _WANTED_GROUPS and splits * 2 * min_pages <= num_pages:
         splits *= 2
     return splits
 
@@ -260,14 +250,17 @@ class Kernels:
             ],
             output_dtypes=[out_dtype, mx.float32, mx.int32],
         )
-        if is_direct:
-            return out
+        return out if is_direct else self._merged(out, statistics, queries)
+
+    def _merged(self, parts: mx.array, statistics: mx.array, queries: mx.array) -> mx.array:
+        """What the splits made for `queries` [B, Hq, 1, D]: `parts` [B, Hq, S, D] and `statistics` [B, Hq, S, 2]."""
+        head_dim = queries.shape[3]
         return self._reduce(
-            inputs=[out, statistics],
+            inputs=[parts, statistics],
             template=[("T", queries.dtype), ("D", head_dim)],
-            grid=(rows * query_heads * head_dim, 1, 1),
+            grid=(queries.size, 1, 1),
             threadgroup=(head_dim, 1, 1),
-            output_shapes=[(rows, query_heads, 1, head_dim)],
+            output_shapes=[queries.shape],
             output_dtypes=[queries.dtype],
         )[0]
 
@@ -303,8 +296,14 @@ class Kernels:
         self.write(keys, values, pool, chunks)
         query_heads, kv_heads = queries.shape[1], pool.keys.shape[1]
         scales = self._scale(scale)
-        num_tiles = -(-queries.shape[0] * (query_heads // kv_heads) // _CHUNK_ROWS)  # as if all were of one chunk
-        out, pool.epoch = self._attend_chunks(
+        shared_by, (room, num_pages) = query_heads // kv_heads, chunks.table.shape
+        num_tiles = -(-queries.shape[0] * shared_by // _CHUNK_ROWS)  # as if all were of one chunk
+        if window > 0:
+            num_pages = min(num_pages, (window + _CHUNK_ROWS // shared_by) // BLOCK_TOKENS + 2)
+        splits = num_splits(num_tiles * kv_heads * room, num_pages, _MIN_CHUNK_SPLIT_PAGES)
+        is_direct = splits == 1
+        out_dtype = queries.dtype if is_direct else mx.float32
+        out, statistics, pool.epoch = self._attend_chunks(
             inputs=[
                 queries,
                 pool.keys,
@@ -317,21 +316,27 @@ class Kernels:
             ],
             template=[
                 ("T", queries.dtype),
+                ("OUT", out_dtype),
                 ("SINK", mx.float32 if sinks is None else sinks.dtype),
                 ("D", head_dim),
                 ("HEADS", kv_heads),
-                ("GQA", query_heads // kv_heads),
+                ("GQA", shared_by),
                 ("PAGE", BLOCK_TOKENS),
                 ("WINDOW", window),
                 ("SINKS", sinks is not None),
                 ("IS_HALF", queries.dtype == mx.float16),
+                ("DIRECT", is_direct),
             ],
-            grid=(_CHUNK_THREADS, num_tiles, kv_heads * chunks.table.shape[0]),
+            grid=(_CHUNK_THREADS, num_tiles, kv_heads * room * splits),
             threadgroup=(_CHUNK_THREADS, 1, 1),
-            output_shapes=[queries.shape, (1,)],
-            output_dtypes=[queries.dtype, mx.int32],
+            output_shapes=[
+                queries.shape if is_direct else (*queries.shape[:2], splits, head_dim),
+                (1,) if is_direct else (*queries.shape[:2], splits, 2),
+                (1,),
+            ],
+            output_dtypes=[out_dtype, mx.float32, mx.int32],
         )
-        return out
+        return out if is_direct else self._merged(out, statistics, queries)
 
     def _scale(self, scale: float) -> mx.array:
         if scale not in self._scales:
@@ -653,6 +658,11 @@ def _exercise(
     seen = attention.attend_chunks(queries, keys, values, pool, together, scale=head_dim**-0.5, window=window, sinks=sinks)
     for first, start, stop in together.spans:
         yield f"attention of a chunk from {start} to {stop}", seen[first : first + stop - start]
+    queries, keys, values = (some(6, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
+    far = Chunks.of([(0, 344, 350)], [longest])
+    yield "attention of a short chunk", attention.attend_chunks(
+        queries, keys, values, pool, far, scale=head_dim**-0.5, window=window, sinks=sinks
+    )
     mx.eval(pool.epoch)  # MLX would not wait for the writes: it takes the arrays for unchanged
     yield "keys left in the pool", pool.keys[1:]
     yield "values left in the pool", pool.values[1:]

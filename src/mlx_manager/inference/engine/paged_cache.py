@@ -53,13 +53,10 @@ from mlx_manager.inference.engine.sequence import Sequence
 log = logging.getLogger(__name__)
 
 _NARROWEST_TABLE = 8  # blocks
-# So few tokens of chunks are rows of their own where tables are so wide.
-_FEW_TOKENS = 32
-_FAR_BLOCKS = 32
 # Of prompts in a step: describing more costs less than computing them. Paces are of 128 tokens and less, to which those come that sample.
 _COMMON_TOKENS = (32, 144, 288)
 _COMMON_CHUNKS = 8
-_SEEN_OFTEN = 8
+_SEEN_OFTEN = 3
 _MOST_DESCRIBED = 64
 
 
@@ -171,9 +168,6 @@ class MixedPass:
     rows: RowPass | None
     chunks: Chunks
     offsets: mx.array
-    few: RowPass | None = None
-    """The tokens of all chunks as rows of their own, where they are few and look far back: the kernel for chunks goes through the pages of
-    a sequence one after the other, that for rows shares them out."""
 
 
 class MixedLayer(PagedLayer):
@@ -191,11 +185,7 @@ class MixedLayer(PagedLayer):
         mixed = self._pass
         n = 0 if mixed.rows is None else mixed.rows.lengths.shape[0]
         given = queries[n:], keys[n:], values[n:]
-        if mixed.few is None:
-            of_chunks = mixed.attention.attend_chunks(*given, self._pool, mixed.chunks, scale=scale, window=sight.window or 0, sinks=sinks)
-        else:
-            mixed.attention.write(*given[1:], self._pool, mixed.chunks)  # each of them sees those before it
-            of_chunks = mixed.few.attend(*given, self._pool, scale, sight, sinks)
+        of_chunks = mixed.attention.attend_chunks(*given, self._pool, mixed.chunks, scale=scale, window=sight.window or 0, sinks=sinks)
         if mixed.rows is None:
             return of_chunks
         return mx.concatenate([mixed.rows.attend(queries[:n], keys[:n], values[:n], self._pool, scale, sight, sinks), of_chunks])
@@ -470,14 +460,11 @@ class PagedCache:
         """`rows` are their tokens, tables, lengths and offsets, or nothing → logits [wanted, V] and the epochs that the pools have then."""
         for pool, epoch in zip(self._pools, epochs, strict=True):
             pool.epoch = epoch
-        of_rows, num_tokens = None, tokens.shape[0]
+        of_rows = None
         if rows:
             of_rows = RowPass(self._attention, *rows[1:])
             tokens, positions = mx.concatenate([rows[0], tokens]), mx.concatenate([rows[3], positions])
-        chunks = Chunks(spans, on_device, table)
-        are_few = num_tokens <= _FEW_TOKENS and table.shape[1] >= _FAR_BLOCKS
-        few = RowPass(self._attention, *chunks.as_rows(num_tokens), positions) if are_few else None
-        mixed = MixedPass(self._attention, of_rows, chunks, positions, few)
+        mixed = MixedPass(self._attention, of_rows, Chunks(spans, on_device, table), positions)
         with head.of_rows(wanted):
             logits = self._run(tokens[:, None], mixed, MixedLayer, [])[:, -1]
         return logits, self._epochs()

@@ -329,19 +329,20 @@ REDUCE = KernelText(
 # CUDA alone, for 16-bit keys of 64 or 128: chunks of prompts attend to the pages of their sequences through tensor cores. Metal's own
 # attention serves any shape at once; that of CUDA plans anew for each length, which takes longer than the attention itself.
 #
-# Grid: (128, ceil(tokens * GQA / 64), HEADS * chunks) in groups of (128, 1, 1): as many as if all tokens were of one chunk.
+# Grid: (128, ceil(tokens * GQA / 64), HEADS * chunks * splits) in groups of (128, 1, 1): as many as if all tokens were of one chunk.
 #
 # A group takes 64 rows of one key/value head and one chunk, a row being a token and one of the query heads that share the head; each of
 # its four warps takes 16. The pages that they see come one after the other into shared memory, the next one while this one is computed,
 # in pieces of 16 bytes whose place is turned by their token, so that eight tokens' pieces lie in different banks. Scores and results stay
 # in registers, laid out as `mma.m16n8k16` has them: a lane has rows lane / 4 and lane / 4 + 8, and two columns of every eight.
-# Scores are in powers of two. Slots behind the last token are filled with zeros, since what is left in them may be NaN.
+# Scores are in powers of two. Slots behind the last token are filled with zeros, since what is left in them may be NaN. With several
+# splits each takes a part of the pages, and leaves what the reduce kernel merges.
 #
-# Template: T (keys, values, queries, out), SINK, D, HEADS, GQA, PAGE, WINDOW, SINKS, IS_HALF.
+# Template: T (keys, values, queries), OUT (of `out`), SINK, D, HEADS, GQA, PAGE, WINDOW, SINKS, IS_HALF, DIRECT.
 ATTEND_CHUNKS = KernelText(
     name="paged_attend_chunks",
     inputs=("queries", "pool_keys", "pool_values", "table", "spans", "scale", "sinks", "epoch"),
-    outputs=("out", "next_epoch"),
+    outputs=("out", "statistics", "next_epoch"),
     body=r"""
   constexpr int PIECES = D / 8;
   constexpr int STEPS = D / 16;
@@ -352,7 +353,8 @@ ATTEND_CHUNKS = KernelText(
   if (thread_x == 0 && group_y == 0 && group_z == 0) """
     + _NEXT_EPOCH
     + r"""
-  const int head = group_z % HEADS, chunk = group_z / HEADS;
+  const int chunks = table_shape[0], splits = num_groups_z / (HEADS * chunks);
+  const int head = group_z % HEADS, chunk = group_z / HEADS % chunks, split = group_z / (HEADS * chunks);
   const int first = spans[chunk * 3], begin = spans[chunk * 3 + 1], stop = spans[chunk * 3 + 2];
   const int num_rows = (stop - begin) * GQA;
   const int tile = (int)gridDim.y - 1 - group_y;  // the longest first
@@ -361,12 +363,13 @@ ATTEND_CHUNKS = KernelText(
   const int top = tile * 64 + warp * 16 + lane / 4;
   const int rows[2] = {top, top + 8};
   int positions[2];
-  long offsets[2];
+  long places[2], offsets[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = min(rows[i], num_rows - 1);
     positions[i] = begin + row / GQA;
-    offsets[i] = ((long)(first + row / GQA) * HEADS * GQA + head * GQA + row % GQA) * D + (lane % 4) * 2;
+    places[i] = (long)(first + row / GQA) * HEADS * GQA + head * GQA + row % GQA;
+    offsets[i] = places[i] * D + (lane % 4) * 2;
   }
 
   unsigned query[STEPS][4];
@@ -386,7 +389,7 @@ ATTEND_CHUNKS = KernelText(
   for (int i = 0; i < 2; ++i) {
     maximum[i] = -1e30f;
     weight[i] = 0.f;
-    if (SINKS) {
+    if (SINKS && split == 0) {
       maximum[i] = static_cast<float>(sinks[head * GQA + min(rows[i], num_rows - 1) % GQA]) * LOG2E;
       weight[i] = lane % 4 == 0 ? 1.f : 0.f;
     }
@@ -395,7 +398,8 @@ ATTEND_CHUNKS = KernelText(
   const int first_position = begin + tile * 64 / GQA;
   const int last_position = begin + min(tile * 64 + 63, num_rows - 1) / GQA;
   const int first_page = (WINDOW > 0 && first_position + 1 > WINDOW) ? (first_position + 1 - WINDOW) / PAGE : 0;
-  const int last_page = last_position / PAGE;
+  const int num_pages = last_position / PAGE + 1 - first_page;
+  const int from_page = first_page + num_pages * split / splits, end_page = first_page + num_pages * (split + 1) / splits;
 
   auto fetch = [&](int page, int stage) {
     const long base = ((long)table[pages + page] * HEADS + head) * (PAGE * D);
@@ -429,10 +433,10 @@ ATTEND_CHUNKS = KernelText(
     return *reinterpret_cast<unsigned*>(pair);
   };
 
-  fetch(first_page, 0);
-  for (int page = first_page; page <= last_page; ++page) {
-    const int stage = (page - first_page) & 1;
-    if (page < last_page) {
+  if (from_page < end_page) fetch(from_page, 0);
+  for (int page = from_page; page < end_page; ++page) {
+    const int stage = (page - from_page) & 1;
+    if (page + 1 < end_page) {
       fetch(page + 1, stage ^ 1);
       asm volatile("cp.async.wait_group 1;");
     } else {
@@ -517,10 +521,20 @@ ATTEND_CHUNKS = KernelText(
   for (int i = 0; i < 2; ++i) {
     weight[i] += KSHUFFLE_XOR(weight[i], 1);
     weight[i] += KSHUFFLE_XOR(weight[i], 2);
-    if (rows[i] < num_rows) {
+    if (rows[i] >= num_rows) continue;
+    if constexpr (DIRECT) {
 #pragma unroll
       for (int t = 0; t < PIECES; ++t)
         *reinterpret_cast<unsigned*>(out + offsets[i] + t * 8) = packed(sum[t][i * 2] / weight[i], sum[t][i * 2 + 1] / weight[i]);
+    } else {
+      const long at = places[i] * splits + split;
+#pragma unroll
+      for (int t = 0; t < PIECES; ++t)
+        *reinterpret_cast<float2*>(out + at * D + (lane % 4) * 2 + t * 8) = make_float2(sum[t][i * 2], sum[t][i * 2 + 1]);
+      if (lane % 4 == 0) {
+        statistics[at * 2] = maximum[i] / LOG2E;
+        statistics[at * 2 + 1] = weight[i];
+      }
     }
   }
 """,

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -259,7 +260,8 @@ def serve(config: Config) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every start that it did nothing
     for name in ("httpx2", "httpcore2"):  # they write addresses down, and some of these are secrets
         logging.getLogger(name).setLevel(logging.WARNING)
-    telemetry.configure_logfire()
+    if telemetry.has_destination(os.environ):
+        telemetry.configure_logfire()
     keep_freed_memory()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     Server(build(config), config).run()

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-import socket
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable

@@ -2,7 +2,7 @@
 
 A model hands its cache to the `scaled_dot_product_attention` of its package's `models.base`. That name is rebound, there and in every
 model module that has imported it: a cache that knows how to attend does so itself, all others get what the package does. So are the
-activation that most models have and MLX's rotary positions, for what computes on the CPU (`cpu_math`).
+activation that most models have and MLX's rotary positions, for what computes on the CPU (`cpu_math`) or on CUDA (`cuda_math`).
 """
 # pyright: basic
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_manager.inference.engine import cpu_math
+from mlx_manager.inference.engine import cpu_math, cuda_math
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def install() -> None:
     """Rebinds the names wherever they have been imported. Call it once a model's module is there; again for the next."""
     cpu_math.prepare()
     if mx.fast.rope not in _ours.values():
-        mx.fast.rope = _ours.setdefault(mx.fast.rope, cpu_math.rope(mx.fast.rope))
+        mx.fast.rope = _ours.setdefault(mx.fast.rope, cpu_math.rope(cuda_math.rope(mx.fast.rope)))
     for package in ("mlx_lm.models", "mlx_vlm.models"):
         _rebind(package, "base", "scaled_dot_product_attention", _attending)
         _rebind(package, "activations", "swiglu", cpu_math.swiglu)

@@ -660,8 +660,9 @@ def _exercise(
         yield f"attention of a chunk from {start} to {stop}", seen[first : first + stop - start]
     queries, keys, values = (some(6, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
     far = Chunks.of([(0, 344, 350)], [longest])
-    yield "attention of a short chunk", attention.attend_chunks(
-        queries, keys, values, pool, far, scale=head_dim**-0.5, window=window, sinks=sinks
+    yield (
+        "attention of a short chunk",
+        attention.attend_chunks(queries, keys, values, pool, far, scale=head_dim**-0.5, window=window, sinks=sinks),
     )
     mx.eval(pool.epoch)  # MLX would not wait for the writes: it takes the arrays for unchanged
     yield "keys left in the pool", pool.keys[1:]

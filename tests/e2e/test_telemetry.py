@@ -1,11 +1,15 @@
 """What is counted and traced, and what is in none of it: a prompt, a reply, a call to the world outside."""
 
 import asyncio
+import gzip
 import logging
+import queue
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from mlx_manager.inference.engine.prefix import PrefixKeys
 from mlx_manager.inference.engine.scheduler import Plan, Policy, Scheduler
 from mlx_manager.inference.engine.sequence import SequenceSpec, Token, TokenSampling
 from mlx_manager.telemetry import Metrics
-from tests.e2e.serving import FIXTURE_MODELS, MODEL, Running, serve_thread
+from tests.e2e.serving import FIXTURE_MODELS, MODEL, Running, serve_process, serve_thread
 from tests.inference.engine.passes import KeepsNothing
 
 SERIES = set(re.findall(r"`(mlx_manager_[a-z_]+)`", (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()))
@@ -131,6 +135,45 @@ def _spans_of_last_request(spans: InMemorySpanExporter) -> dict[str, ReadableSpa
     finished = [s for s in spans.get_finished_spans() if s.attributes is None or s.attributes.get("logfire.span_type") != "pending_span"]
     root = [s for s in finished if s.name == "generate"][-1]
     return {s.name: s for s in finished if s.context.trace_id == root.context.trace_id}
+
+
+@pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])
+def test_spans_go_to_the_collector_that_is_named(variable: str, tmp_path: Path) -> None:
+    received: queue.Queue[bytes] = queue.Queue()
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.path == "/v1/traces":
+                received.put(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{collector.server_port}" + ("/v1/traces" if "TRACES" in variable else "")
+        with serve_process(tmp_path, {variable: address, "OTEL_BSP_SCHEDULE_DELAY": "100"}) as running, running.http() as http:
+            http.post("/v1/completions", json=ENDLESS | {"max_tokens": 2, "stream": False}).raise_for_status()
+            told = b""
+            while not all(name in told for name in (b"generate", b"prefill", b"decode")):
+                told += received.get(timeout=30)
+        collector.shutdown()
+    assert b"apple" not in told
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_wanted"),
+    [
+        ({"LOGFIRE_TOKEN": "t"}, True),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://127.0.0.1:4318"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, False),
+        ({"OTEL_SERVICE_NAME": "mine", "OTEL_EXPORTER_OTLP_HEADERS": "a=b"}, False),
+    ],
+)
+def test_spans_are_made_where_somebody_is_named_who_gets_them(environ: dict[str, str], is_wanted: bool) -> None:
+    assert telemetry.has_destination(environ) is is_wanted
 
 
 def test_a_request_leaves_the_spans_of_its_stages(traced: Running, spans: InMemorySpanExporter) -> None:

@@ -575,6 +575,7 @@ class SlotCache:
 
     def _move_in(self, sequence: Sequence, row: int) -> None:
         caches = self._prefilling.pop(sequence)
+        mx.eval([cache.parts for cache in caches])  # one wait for all: looking at each would be one for each
         for cache, layer in zip(caches, self._attending, strict=True):
             self._buffers[layer.group].fill(row, layer.place, cache.parts)
         for buffer in self._buffers:

@@ -69,6 +69,32 @@ def test_a_kernel_that_multiplies_wrongly_is_not_used() -> None:
     assert stand.calls == []
 
 
+def test_a_layer_that_multiplies_in_a_way_of_its_own_goes_on_so() -> None:
+    class Parted(nn.Linear):
+        def __call__(self, x: mx.array) -> Any:
+            return mx.split(super().__call__(x), 3, axis=-1)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = Parted(64, 96, bias=False)
+            self.set_dtype(mx.bfloat16)
+
+    model, stand = Attention(), Stand()
+    install(model, FewRows(stand))
+    assert [part.shape for part in model.projection(mx.zeros((1, 4, 64), mx.bfloat16))] == [(1, 4, 32)] * 3
+
+
+def test_weights_of_the_same_shape_are_tried_once() -> None:
+    stand = Stand()
+    few = FewRows(stand)
+    install(Model(mx.bfloat16), few)
+    assert stand.calls
+    stand.calls.clear()
+    install(Model(mx.bfloat16), few)
+    assert stand.calls == []
+
+
 def test_float32_stays_with_mlx() -> None:
     model, stand = Model(mx.float32), Stand()
     install(model, FewRows(stand))

@@ -156,6 +156,14 @@ class FewRows:
     def __init__(self, make_kernel: Callable[..., Any] | None = None) -> None:
         make: Callable[..., Any] = make_kernel or mx.fast.cuda_kernel
         self._kernel = make(**FEW_ROWS.definition("cuda"))
+        self._faults: dict[tuple[Any, ...], str | None] = {}
+
+    def fault(self, weights: mx.array, bias: mx.array | None) -> str | None:
+        """What is wrong with products with weights like these, if anything is; it is tried once."""
+        kind = weights.shape, weights.dtype, bias is not None
+        if kind not in self._faults:
+            self._faults[kind] = self_test(self, weights, bias)
+        return self._faults[kind]
 
     def multiply(self, x: mx.array, weights: mx.array, bias: mx.array | None) -> mx.array:
         """`x` [A, B, K] of up to `MOST_ROWS` rows, `weights` [N, K] and `bias` [N] → [A, B, N]. All have one type, of 16 bits."""
@@ -198,16 +206,21 @@ def install(model: Any, few_rows: FewRows | None = None) -> None:
     few_rows = few_rows or kernel()
     kinds = {(module.weight.shape, module.weight.dtype, "bias" in module): module for module, _ in layers}
     for module in kinds.values():
-        if (fault := self_test(few_rows, module.weight, module.get("bias"))) is not None:
+        if (fault := few_rows.fault(module.weight, module.get("bias"))) is not None:
             log.warning("products of few rows stay with MLX: %s", fault)
             return
     for module, method in layers:
+        module.weight = mx.contiguous(module.weight)  # some are kept the other way round, and would be copied each time
         module.__class__ = _multiplying(type(module), method, few_rows)
+    mx.eval([module.weight for module, _ in layers])
 
 
 def _method(module: Any) -> str | None:
-    """What multiplies with a layer's weights, if it can be ours."""
-    if not isinstance(module, nn.Linear | nn.Embedding) or getattr(module, "takes_few_rows", False) or getattr(module, "cuts", False):
+    """What multiplies with a layer's weights, if it can be ours: that of a class of its own, or one that cuts already, cannot."""
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        return None
+    kind, method = (nn.Embedding, "as_linear") if isinstance(module, nn.Embedding) else (nn.Linear, "__call__")
+    if getattr(type(module), method) is not getattr(kind, method):
         return None
     weights, bias = module.weight, module.get("bias")
     num_columns, size = weights.shape
@@ -215,7 +228,7 @@ def _method(module: Any) -> str | None:
         return None
     if bias is not None and bias.dtype != weights.dtype:
         return None
-    return "as_linear" if isinstance(module, nn.Embedding) else "__call__"
+    return method
 
 
 @cache
@@ -226,7 +239,7 @@ def _multiplying(kind: type, method: str, few_rows: FewRows) -> type:
             return few_rows.multiply(x, weights, self.get("bias"))
         return getattr(kind, method)(self, x)
 
-    return type(kind.__name__, (kind,), {method: multiply, "takes_few_rows": True})
+    return type(kind.__name__, (kind,), {method: multiply})
 
 
 def self_test(few_rows: FewRows, weights: mx.array, bias: mx.array | None) -> str | None:
@@ -237,9 +250,11 @@ def self_test(few_rows: FewRows, weights: mx.array, bias: mx.array | None) -> st
             x = mx.random.normal((8 * tiles - 1, 1, size), key=mx.random.key(tiles)).astype(weights.dtype)
             expected = x @ weights.T if bias is None else mx.addmm(bias, x, weights.T)
             found, expected = (a.astype(mx.float32) for a in (few_rows.multiply(x, weights, bias), expected))
-            errors = mx.linalg.norm(found - expected, axis=-1) / mx.linalg.norm(expected, axis=-1)
-            if not mx.all(errors <= _TOLERANCE).item():
-                return f"{x.shape[0]} rows with weights {weights.shape} differ by {mx.max(errors).item():.1e}"
+            errors, lengths = mx.linalg.norm(found - expected, axis=-1), mx.linalg.norm(expected, axis=-1)
+            if not mx.all(errors <= _TOLERANCE * lengths).item():
+                return (
+                    f"{x.shape[0]} rows with weights {weights.shape} differ by {mx.max(errors).item():.1e} of {mx.max(lengths).item():.1e}"
+                )
     except Exception as error:  # noqa: BLE001 - whatever goes wrong in here would go wrong in service
         return f"{type(error).__name__}: {error}"
     return None

@@ -300,7 +300,8 @@ class Kernels:
         num_tiles = -(-queries.shape[0] * shared_by // _CHUNK_ROWS)  # as if all were of one chunk
         if window > 0:
             num_pages = min(num_pages, (window + _CHUNK_ROWS // shared_by) // BLOCK_TOKENS + 2)
-        splits = num_splits(num_tiles * kv_heads * room, num_pages, _MIN_CHUNK_SPLIT_PAGES)
+        most_tiles = num_tiles + room - 1  # of all chunks together; the other groups have nothing to do
+        splits = num_splits(most_tiles * kv_heads, num_pages, _MIN_CHUNK_SPLIT_PAGES)
         is_direct = splits == 1
         out_dtype = queries.dtype if is_direct else mx.float32
         out, statistics, pool.epoch = self._attend_chunks(
@@ -658,6 +659,12 @@ def _exercise(
     seen = attention.attend_chunks(queries, keys, values, pool, together, scale=head_dim**-0.5, window=window, sinks=sinks)
     for first, start, stop in together.spans:
         yield f"attention of a chunk from {start} to {stop}", seen[first : first + stop - start]
+    near = Chunks.of([(0, 0, 40)], [tables[3][:2]])
+    queries, keys, values = (some(40, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
+    yield (
+        "attention of a beginning",
+        attention.attend_chunks(queries, keys, values, pool, near, scale=head_dim**-0.5, window=window, sinks=sinks),
+    )
     queries, keys, values = (some(6, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
     far = Chunks.of([(0, 344, 350)], [longest])
     yield (

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx import nn
 
@@ -83,6 +84,15 @@ def test_a_layer_that_multiplies_in_a_way_of_its_own_goes_on_so() -> None:
     model, stand = Attention(), Stand()
     install(model, FewRows(stand))
     assert [part.shape for part in model.projection(mx.zeros((1, 4, 64), mx.bfloat16))] == [(1, 4, 32)] * 3
+
+
+def test_weights_that_are_kept_the_other_way_round_are_turned_once() -> None:
+    model = Model(mx.bfloat16)
+    model.up.weight = mx.contiguous(model.up.weight.T).T  # type: ignore[reportUnknownMemberType]
+    expected = model(tokens(4, 1))
+    install(model, FewRows(Stand()))
+    assert np.array(model.up.weight.view(mx.uint16), copy=False).flags.c_contiguous  # type: ignore[reportUnknownMemberType]
+    assert mx.allclose(model(tokens(4, 1)), expected, atol=1e-2)
 
 
 def test_weights_of_the_same_shape_are_tried_once() -> None:

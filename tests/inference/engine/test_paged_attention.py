@@ -294,6 +294,27 @@ def test_every_use_of_a_pool_depends_on_the_one_before() -> None:
     assert reduce[1][0] is launches[-1][2][0], "what is merged comes from the kernel that wrote"
 
 
+@pytest.mark.parametrize(("num_chunks", "width", "splits"), [(1, 256, 16), (2, 256, 4), (8, 256, 4), (1, 2, 1)])
+def test_pages_are_shared_out_among_the_chunks_that_are_there(num_chunks: int, width: int, splits: int) -> None:
+    """With room for more of them than there are, whose groups have nothing to do."""
+    parts: list[tuple[int, ...]] = []
+
+    def make(**definition: Any) -> Callable[..., list[mx.array]]:
+        def launch(*, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+            if definition["name"].startswith("paged_attend_chunks"):
+                parts.append(output_shapes[0])
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+        return launch
+
+    pool = Pool(mx.zeros((2, 8, 32, 128), mx.bfloat16), mx.zeros((2, 8, 32, 128), mx.bfloat16))
+    chunks = Chunks.of([(2 * i, 40, 42) for i in range(num_chunks)], [[1, 1]] * num_chunks, room=1 if num_chunks == 1 else 8, width=width)
+    queries, keys = mx.zeros((32, 32, 1, 128), mx.bfloat16), mx.zeros((32, 8, 1, 128), mx.bfloat16)
+    found = Kernels("cuda", make).attend_chunks(queries, keys, keys, pool, chunks, scale=1.0)
+    assert found.shape == queries.shape
+    assert parts[0][2] == splits
+
+
 def test_mlx_takes_the_metal_kernels_and_writes_the_signature_that_the_shim_writes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,8 @@ def install() -> None:
     """Rebinds the names wherever they have been imported. Call it once a model's module is there; again for the next."""
     cpu_math.prepare()
     if mx.fast.rope not in _ours.values():
-        mx.fast.rope = _ours.setdefault(mx.fast.rope, cpu_math.rope(cuda_math.rope(mx.fast.rope)))
+        theirs = cuda_math.rope(mx.fast.rope) if mx.cuda.is_available() else mx.fast.rope
+        mx.fast.rope = _ours.setdefault(mx.fast.rope, cpu_math.rope(theirs))
     for package in ("mlx_lm.models", "mlx_vlm.models"):
         _rebind(package, "base", "scaled_dot_product_attention", _attending)
         _rebind(package, "activations", "swiglu", cpu_math.swiglu)

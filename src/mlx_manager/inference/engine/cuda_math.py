@@ -11,13 +11,11 @@ _MOST_LAST_LOG2 = 6
 _HEADS_A_THREAD = 4
 
 
-def rope(original: Any, *, is_here: bool | None = None) -> Any:
-    """`mx.fast.rope` in parts, where it would fail at once, in place of the `original`: x [B, H, L, D]. `is_here`: whether this is CUDA;
-    None: MLX is asked."""
+def rope(original: Any) -> Any:
+    """`mx.fast.rope` in parts, where CUDA's would fail at once, in place of the `original`: x [B, H, L, D]."""
 
     def rotated(x: mx.array, dims: int, *, offset: Any, **others: Any) -> mx.array:
-        is_cuda = _is_cuda() if is_here is None else is_here
-        rows = most_rows(x.shape, dims) if is_cuda else None
+        rows = most_rows(x.shape, dims)
         if rows is None or x.shape[0] <= rows:
             return original(x, dims, offset=offset, **others)
         starts = range(0, x.shape[0], rows)
@@ -38,7 +36,3 @@ def most_rows(shape: tuple[int, ...], dims: int) -> int | None:
     if _MOST_THREADS_LOG2 - others <= _MOST_LAST_LOG2:
         return None
     return max(1, (2 ** (_MOST_LAST_LOG2 + 1) - 1) // -(-heads // _HEADS_A_THREAD))
-
-
-def _is_cuda() -> bool:
-    return mx.default_device().type == mx.DeviceType.gpu and not mx.metal.is_available()

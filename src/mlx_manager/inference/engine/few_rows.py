@@ -14,11 +14,9 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mlx_manager.inference.engine.paged_kernels import KernelText
+from mlx_manager.inference.engine.paged_kernels import MULTIPLY_TILES, KernelText
 
 log = logging.getLogger(__name__)
-
-MOST_ROWS = 32
 
 # Grid: (32 * WARPS, ceil(N / (16 * HEIGHT)), 1) in groups of (32 * WARPS, 1, 1).
 #
@@ -70,18 +68,9 @@ FEW_ROWS = KernelText(
         weight[stage][r][h][1] = read(from + (h * 16 + 8) * K + k + r * 32);
       }
   };
-  auto add = [&](float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    if constexpr (IS_HALF)
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    else
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  };
+"""
+    + MULTIPLY_TILES
+    + r"""
   auto multiply = [&](int k, int stage) {
     uint4 values[RUNS][TILES];
 #pragma unroll
@@ -95,8 +84,8 @@ FEW_ROWS = KernelText(
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
           const uint4 &a = weight[stage][r][h][0], &b = weight[stage][r][h][1], &c = values[r][i];
-          add(sum[h][i], a.x, b.x, a.y, b.y, c.x, c.y);
-          add(sum[h][i], a.z, b.z, a.w, b.w, c.z, c.w);
+          multiply_tiles(sum[h][i], {a.x, b.x, a.y, b.y}, c.x, c.y);
+          multiply_tiles(sum[h][i], {a.z, b.z, a.w, b.w}, c.z, c.w);
         }
   };
 
@@ -138,13 +127,14 @@ FEW_ROWS = KernelText(
 )
 
 # HEIGHT, WARPS, RUNS and AHEAD for so many TILES, by how many columns each multiprocessor (132 of them) has to make: up to 16, up to 32, or
-# more. The fastest of some forty on an H200, for the products of Llama 3 8B.
+# more. Chosen of some fifty on an H200, for the products of Llama 3 8B.
 _MULTIPROCESSORS = 132
 _SHAPES = {
     1: ((1, 16, 2, True), (2, 8, 2, True), (2, 4, 2, True)),
     2: ((1, 16, 2, True), (2, 8, 2, True), (2, 4, 2, True)),
     4: ((1, 16, 2, True), (2, 16, 2, False), (2, 4, 1, True)),
 }
+MOST_ROWS = 8 * max(_SHAPES)
 _RUNS_OF = 64  # elements that K must be whole runs of
 _FEWEST_COLUMNS = 32
 _TOLERANCE = 1e-2  # of a row's length; what one element too many or too few changes is more
@@ -211,8 +201,8 @@ def install(model: Any, few_rows: FewRows | None = None) -> None:
             return
     for module, method in layers:
         module.weight = mx.contiguous(module.weight)  # some are kept the other way round, and would be copied each time
+        mx.eval(module.weight)  # one at a time: a copy takes room beside what it is of
         module.__class__ = _multiplying(type(module), method, few_rows)
-    mx.eval([module.weight for module, _ in layers])
 
 
 def _method(module: Any) -> str | None:

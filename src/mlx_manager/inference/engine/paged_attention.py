@@ -632,6 +632,10 @@ def _exercise(
             sinks=sinks,
         )
 
+    def read(num_tokens: int, chunks: Chunks) -> mx.array:
+        queries, keys, values = (some(num_tokens, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
+        return attention.attend_chunks(queries, keys, values, pool, chunks, scale=head_dim**-0.5, window=window, sinks=sinks)
+
     rows = list(zip(tables, lengths, strict=True))
     longest = tables[-1]
     for table, length in rows:
@@ -655,22 +659,11 @@ def _exercise(
     fork = [copy if block == source else block for block in longest]
     yield "attention of a fork", decode([(longest, 312), (fork, 311)])
     together = Chunks.of([(3, 0, 70), (80, 313, 348), (150, 0, 1)], [tables[3], longest, tables[0]], room=4)
-    queries, keys, values = (some(160, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
-    seen = attention.attend_chunks(queries, keys, values, pool, together, scale=head_dim**-0.5, window=window, sinks=sinks)
+    seen = read(160, together)
     for first, start, stop in together.spans:
         yield f"attention of a chunk from {start} to {stop}", seen[first : first + stop - start]
-    near = Chunks.of([(0, 0, 40)], [tables[3][:2]])
-    queries, keys, values = (some(40, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
-    yield (
-        "attention of a beginning",
-        attention.attend_chunks(queries, keys, values, pool, near, scale=head_dim**-0.5, window=window, sinks=sinks),
-    )
-    queries, keys, values = (some(6, heads, 1, head_dim) for heads in (query_heads, kv_heads, kv_heads))
-    far = Chunks.of([(0, 344, 350)], [longest])
-    yield (
-        "attention of a short chunk",
-        attention.attend_chunks(queries, keys, values, pool, far, scale=head_dim**-0.5, window=window, sinks=sinks),
-    )
+    yield "attention of a beginning", read(40, Chunks.of([(0, 0, 40)], [tables[3][:2]]))  # too few pages to be shared out
+    yield "attention of a short chunk", read(6, Chunks.of([(0, 344, 350)], [longest]))
     mx.eval(pool.epoch)  # MLX would not wait for the writes: it takes the arrays for unchanged
     yield "keys left in the pool", pool.keys[1:]
     yield "values left in the pool", pool.values[1:]

@@ -74,6 +74,22 @@ _METAL_INDICES = r"""
 # A step of the layer's epoch. Unsigned, because a counter that never stops must be allowed to wrap.
 _NEXT_EPOCH = "next_epoch[0] = (int)((unsigned)epoch[0] + 1u);"
 
+# What tensor cores do, for CUDA: c [16, 8] += a [16, 16] b [16, 8], each spread over a warp's lanes. Template: IS_HALF, or else bfloat16.
+MULTIPLY_TILES = r"""
+  auto multiply_tiles = [&](float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    if constexpr (IS_HALF)
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  };
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class KernelText:
@@ -416,18 +432,9 @@ ATTEND_CHUNKS = KernelText(
     }
     asm volatile("cp.async.commit_group;");
   };
-  auto multiply = [&](float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    if constexpr (IS_HALF)
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  };
+"""
+    + MULTIPLY_TILES
+    + r"""
   auto packed = [&](float low, float high) {
     T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
     return *reinterpret_cast<unsigned*>(pair);
@@ -460,8 +467,8 @@ ATTEND_CHUNKS = KernelText(
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
                      : "r"(from));
-        multiply(score[j], query[s], b[0], b[1]);
-        multiply(score[j + 1], query[s], b[2], b[3]);
+        multiply_tiles(score[j], query[s], b[0], b[1]);
+        multiply_tiles(score[j + 1], query[s], b[2], b[3]);
       }
     }
 
@@ -510,8 +517,8 @@ ATTEND_CHUNKS = KernelText(
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
                      : "r"(from));
-        multiply(sum[t], a, b[0], b[1]);
-        multiply(sum[t + 1], a, b[2], b[3]);
+        multiply_tiles(sum[t], a, b[0], b[1]);
+        multiply_tiles(sum[t + 1], a, b[2], b[3]);
       }
     }
     __syncthreads();
